@@ -1,0 +1,206 @@
+"""The monotone rational-quadratic spline."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, softplus
+
+from cnf.bijections.affine import soft_bound, unit_softplus_offset
+from cnf.bijections.base import Pair, ScalarMap
+from cnf.registry import record
+
+TAILS = ("linear", "interval", "circular")
+FORMS = ("softplus", "nflows", "zuko")
+
+
+@record
+@dataclasses.dataclass(frozen=True)
+class RationalQuadratic(ScalarMap):
+    """A monotone rational-quadratic spline on [−bound, bound] (Durkan et al. 2019).
+
+    In a bin of width w and height h, slope s = h/w, with knot slopes d₀, d₁ and ξ ∈ [0, 1]:
+    y = h·(s·ξ² + d₀·ξ(1 − ξ)) / (s + (d₀ + d₁ − 2s)·ξ(1 − ξ)).
+
+    Parameters: ``bins`` raw widths, ``bins`` raw heights, then the raw knot slopes; zero is the
+    identity (with ``form="nflows"``, near it). Outside the interval the tails are
+
+    - ``"linear"``: the identity, which the spline joins with slope one (bins − 1 slopes);
+    - ``"interval"``: nothing, log-derivative −inf; the slopes at the ends are free (bins + 1);
+    - ``"circular"``: the same again, f(z + 2·bound) = f(z) + 2·bound, with equal slopes at both
+      ends (bins slopes), for angles (Rezende et al. 2020).
+
+    Knots follow from the parameters by softmax, and slopes by
+
+    - ``"softplus"``: min_slope + softplus(r + c), one at r = 0;
+    - ``"nflows"``: min_slope + softplus(r), as that package has it;
+    - ``"zuko"``: exp of r softly clipped at |log min_slope|, widths and heights at half of that
+      before the softmax, as that package has it; ``min_width`` and ``min_height`` are not used.
+
+    Attributes:
+        bins: the number of bins.
+        bound: half the length of the interval.
+        tails: what is outside the interval.
+        min_width: the least width of a bin, as a fraction of the interval.
+        min_height: the least height of a bin, as a fraction of the interval.
+        min_slope: the least slope at a knot.
+        form: how numbers become knots.
+
+    Example:
+        >>> import torch
+        >>> spline = RationalQuadratic(bins=4, bound=3.0)
+        >>> x, _ = spline.forward(torch.tensor([0.5, 9.0]), torch.zeros(2, spline.size))
+        >>> x
+        tensor([0.5000, 9.0000])
+    """
+
+    bins: int = 8
+    bound: float = 5.0
+    tails: str = "linear"
+    min_width: float = 1e-3
+    min_height: float = 1e-3
+    min_slope: float = 1e-3
+    form: str = "softplus"
+
+    def __post_init__(self) -> None:
+        if self.tails not in TAILS:
+            raise ValueError(f"tails must be one of {', '.join(TAILS)}, got {self.tails!r}")
+        if self.form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
+        if self.bins < 1 or not self.bound > 0:
+            raise ValueError(
+                f"a spline needs bins >= 1 and bound > 0, got bins={self.bins}, bound={self.bound}"
+            )
+        if not 0 < self.min_slope < 1:
+            raise ValueError(f"min_slope must lie between 0 and 1, got {self.min_slope}")
+        for name in ("min_width", "min_height"):
+            if not 0 < getattr(self, name) * self.bins < 1:
+                raise ValueError(
+                    f"{name} must be positive and below 1/bins = {1 / self.bins:g}, "
+                    f"got {getattr(self, name)}"
+                )
+        if self.tails == "interval":
+            object.__setattr__(self, "domain", (-self.bound, self.bound))
+            object.__setattr__(self, "codomain", (-self.bound, self.bound))
+
+    @property
+    def size(self) -> int:
+        """Widths, heights and the slopes that the tails leave free."""
+        free = {"linear": -1, "circular": 0, "interval": 1}[self.tails]
+        return 3 * self.bins + free
+
+    def forward(self, z: Tensor, parameters: Tensor) -> Pair:
+        """The spline."""
+        return self._map(z, parameters, backward=False)
+
+    def inverse(self, x: Tensor, parameters: Tensor) -> Pair:
+        """The root of a quadratic in each bin, whose discriminant is a sum of squares."""
+        return self._map(x, parameters, backward=True)
+
+    def _map(self, value: Tensor, parameters: Tensor, *, backward: bool) -> Pair:
+        self.check(parameters)
+        bound = self.bound
+        inside = value.abs() <= bound
+        if self.tails == "circular":
+            turns = torch.floor((value.detach() + bound) / (2 * bound)) * (2 * bound)
+            place = (value - turns).clamp(-bound, bound)
+        else:
+            place = value.clamp(-bound, bound)
+        fraction = (place / bound + 1) / 2
+        (left, width), (bottom, height), (start, end) = self._bin(
+            fraction, parameters, backward=backward
+        )
+        if backward:
+            mapped, minus = _quadratic_root((fraction - bottom) / height, width, height, start, end)
+            mapped, log_derivative = left + width * mapped, -minus
+        else:
+            mapped, log_derivative = _rational((fraction - left) / width, width, height, start, end)
+            mapped = bottom + height * mapped
+        mapped = bound * (2 * mapped - 1)
+        if self.tails == "circular":
+            return mapped + turns, log_derivative
+        outside = 0.0 if self.tails == "linear" else -math.inf
+        return torch.where(inside, mapped, value), torch.where(inside, log_derivative, outside)
+
+    def _bin(
+        self, fraction: Tensor, parameters: Tensor, *, backward: bool
+    ) -> tuple[Pair, Pair, Pair]:
+        """The bin that each place lies in: (left, width), (bottom, height), slopes.
+
+        Places and lengths are fractions of the interval.
+        """
+        bins = self.bins
+        raw = parameters[..., : 2 * bins].unflatten(-1, (2, bins))
+        minimum = raw.new_tensor([[self.min_width], [self.min_height]])
+        if self.form == "zuko":
+            raw = soft_bound(raw, -math.log(self.min_slope) / 2, "softclip")
+            minimum = torch.zeros_like(minimum)
+        # a softmax whose sums and quotients are taken for one bin only
+        powers = torch.exp(raw - raw.detach().amax(-1, keepdim=True))
+        sums = torch.cumsum(powers, -1)
+        share = (1 - bins * minimum) / sums[..., -1:]
+        with torch.no_grad():
+            row = 1 if backward else 0
+            inner = torch.arange(1, bins, device=raw.device) * minimum[row]
+            knots = sums[..., row, :-1] * share[..., row, :] + inner
+            index = (fraction.unsqueeze(-1) >= knots).sum(-1)
+        ends = torch.stack([index, index + 1], -1)
+        index = index[..., None, None]
+        shape = (*fraction.shape, 2)
+        power = _pick(powers, index, shape)
+        below = (_pick(sums, index, shape) - power) * share
+        edges = (below + index * minimum).squeeze(-1).unbind(-1)
+        lengths = (power * share + minimum).squeeze(-1).unbind(-1)
+        slopes = self._slopes(parameters[..., 2 * bins :], ends).unbind(-1)
+        return (edges[0], lengths[0]), (edges[1], lengths[1]), slopes
+
+    def _slopes(self, raw: Tensor, ends: Tensor) -> Tensor:
+        """The slopes at the two ends of a bin, ``(*shape, 2)``."""
+        offset = 0.0 if self.form == "nflows" else unit_softplus_offset(self.min_slope)
+        if self.tails == "circular":
+            ends = ends % self.bins
+        elif self.tails == "linear":
+            raw = pad(raw, (1, 1), value=unit_softplus_offset(self.min_slope) - offset)
+        raw = raw.expand(*ends.shape[:-1], raw.shape[-1]).gather(-1, ends)
+        if self.form == "zuko":
+            return torch.exp(soft_bound(raw, -math.log(self.min_slope), "softclip"))
+        return self.min_slope + softplus(raw + offset)
+
+
+def _pick(table: Tensor, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """One entry of each row of the table, broadcast to ``shape``."""
+    return table.expand(*shape, table.shape[-1]).gather(-1, index.expand(*shape, 1))
+
+
+def _rational(xi: Tensor, width: Tensor, height: Tensor, start: Tensor, end: Tensor) -> Pair:
+    """The share of a bin's height at the share ξ of its width, and the log-slope there."""
+    slope = height / width
+    start, end = start / slope, end / slope
+    rest = 1 - xi
+    product = xi * rest
+    denominator = 1 + (start + end - 2) * product
+    share = xi * (xi + start * rest) / denominator
+    numerator = end * xi.square() + 2 * product + start * rest.square()
+    return share, torch.log(slope * numerator / denominator.square())
+
+
+def _quadratic_root(eta: Tensor, width: Tensor, height: Tensor, start: Tensor, end: Tensor) -> Pair:
+    """The share of a bin's width at the share η of its height, and the forward log-slope there.
+
+    With slopes in units of the bin's own, ξ solves (1 − b)·ξ² + b·ξ = η, where
+    b = d₀ − (d₀ + d₁ − 2)·η. Its discriminant b² + 4(1 − b)·η = (b − 2η)² + 4η(1 − η) is a sum of
+    squares, and each sign of b has a form of the root without cancellation.
+    """
+    eta = eta.clamp(0, 1)  # rounding at a knot
+    scale = width / height
+    middle = start * scale - ((start + end) * scale - 2) * eta
+    root = torch.sqrt((middle - 2 * eta).square() + 4 * eta * (1 - eta))
+    total = root + middle.abs()
+    positive = middle > 0
+    above = 2 * eta / torch.where(positive, total, 1.0)
+    below = total / (2 - 2 * torch.where(positive, 0.0, middle))
+    xi = torch.where(positive, above, below)
+    return xi, _rational(xi, width, height, start, end)[1]
