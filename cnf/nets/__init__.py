@@ -1,0 +1,7 @@
+"""Networks: they know nothing of flows."""
+
+from cnf.nets.activations import activation
+from cnf.nets.made import MADE, MaskedLinear
+from cnf.nets.mlp import MLP
+
+__all__ = ["MADE", "MLP", "MaskedLinear", "activation"]

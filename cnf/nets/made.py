@@ -1,0 +1,391 @@
+"""The masked autoregressive network, in parallel and feature by feature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear as apply_linear
+
+from cnf.nets.activations import activation as make_activation
+from cnf.nets.mlp import layer_widths, required, wire
+
+
+class MaskedLinear(nn.Linear):
+    """x ↦ (W ∘ M) x + b, ``(*batch, inputs)`` to ``(*batch, outputs)``.
+
+    Args:
+        mask: M, boolean, ``(outputs, inputs)``; kept as a buffer of zeros and ones.
+        zero: start with zeros; else uniform within ±1/√(unmasked inputs of the unit).
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor, zero: bool = False):
+        super().__init__(mask.shape[1], mask.shape[0])
+        # not boolean: the product with the weight is several times faster in one dtype
+        self.register_buffer("mask", mask.to(self.weight.dtype))
+        with torch.no_grad():
+            # a unit that sees few inputs must not start quieter than one that sees all
+            bound = self.mask.sum(1).clamp(min=1).rsqrt() * (not zero)
+            self.weight.uniform_(-1, 1).mul_(bound.unsqueeze(1))
+            self.bias.uniform_(-1, 1).mul_(bound)
+
+    @property
+    def masked_weight(self) -> Tensor:
+        """W ∘ M."""
+        return self.weight * self.mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        return apply_linear(x, self.masked_weight, self.bias)
+
+
+class _Level(NamedTuple):
+    """What becomes known in one step.
+
+    Attributes:
+        start: the first of the step's places in the order.
+        stop: the place after the last.
+        rows: for every linear layer, the first of its units and the one after the last.
+    """
+
+    start: int
+    stop: int
+    rows: tuple[tuple[int, int], ...]
+
+
+class _Rows:
+    """Rows that come in one after the other, each batch long; those so far are one tensor."""
+
+    def __init__(self, rows: int, batch: int, like: Tensor):
+        self.known = like.new_empty(0, batch)
+        # writing in place would spoil what autograd saved of the rows before
+        self.buffer = None if torch.is_grad_enabled() else like.new_empty(rows, batch)
+
+    def extend(self, new: Tensor) -> Tensor:
+        """Append rows and return all so far."""
+        start, stop = len(self.known), len(self.known) + len(new)
+        if start == stop:
+            return self.known
+        if self.buffer is None:
+            self.known = torch.cat([self.known, new])
+        else:
+            self.buffer[start:stop] = new
+            self.known = self.buffer[:stop]
+        return self.known
+
+
+class MADE(nn.Module):
+    """A network whose outputs for feature i depend on the features before i only.
+
+    Every hidden unit carries a set of features that it may see: one of the sets that some feature
+    depends on. A unit feeds the units and outputs whose sets contain its own. Units stand sorted by
+    how early their set is complete, so ``autoregress`` computes each of them once. Where a layer
+    is narrower than the number of sets, a masked linear map from x to the outputs keeps every
+    feature in reach. The context enters the first layer, unmasked. Germain et al. 2015,
+    https://arxiv.org/abs/1502.03509.
+
+    Args:
+        features: the last axis of x.
+        outputs: how many numbers to give for each feature.
+        hidden: widths of the hidden layers, or of the residual blocks (see ``MLP``).
+        context_features: the last axis of the context; 0 for none, and what is given is ignored.
+        order: ``"natural"`` (which None means), ``"reverse"``, ``"random"``, or the features from
+            the first to the last.
+        activation: a name from ``cnf.nets.activations``.
+        residual: build residual blocks, which all need one width.
+        passes: into how many groups the order is cut; a feature depends on the groups before its
+            own. ``features`` (or None) is fully autoregressive, 2 is a coupling.
+        adjacency: instead of order and passes, a dependency graph: row i says which features the
+            outputs of feature i depend on. It must have no cycle.
+        zero_last: start with a last layer of zeros, so that a flow starts as the identity.
+        generator: draws the random order.
+
+    Example:
+        >>> import torch
+        >>> made = MADE(3, 2, zero_last=False)
+        >>> jacobian = torch.autograd.functional.jacobian(made, torch.randn(3))
+        >>> (jacobian != 0).any(1).int()  # which output sees which input
+        tensor([[0, 0, 0],
+                [1, 0, 0],
+                [1, 1, 0]], dtype=torch.int32)
+    """
+
+    order: Tensor
+    place: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        outputs: int,
+        *,
+        hidden: Sequence[int] = (64, 64),
+        context_features: int = 0,
+        order: str | Sequence[int] | None = None,
+        activation: str = "relu",
+        residual: bool = False,
+        passes: int | None = None,
+        adjacency: Tensor | Sequence[Sequence[bool]] | None = None,
+        zero_last: bool = True,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        if features < 1 or outputs < 1:
+            raise ValueError(f"expected features, outputs >= 1, got {features}, {outputs}")
+        self.features = features
+        self.outputs = outputs
+        self.context_features = context_features
+        self.residual = residual
+        self.activation = make_activation(activation)
+        if adjacency is None:
+            sequence = _sequence(features, order, generator)
+            parents, depth = _grouped(features, sequence, passes)
+        elif order is None and passes is None:
+            parents, depth = _graph(features, adjacency)
+        else:
+            raise ValueError("give a dependency graph, or an order and passes, not both")
+        first_to_last = depth.argsort(stable=True)
+        self.register_buffer("order", first_to_last)
+        self.register_buffer("place", first_to_last.argsort())
+
+        sets, complete = _sets(parents, depth, bool(context_features))
+        widths = layer_widths(features, hidden, outputs, residual)[1:-1]
+        units = [_spread(width, len(sets)) for width in widths]
+        seen = [torch.eye(features, dtype=torch.bool), *(sets[unit] for unit in units)]
+        masks = [_contained(a, b) for a, b in zip(seen, [*seen[1:], parents], strict=True)]
+        self.layers = nn.ModuleList(MaskedLinear(mask) for mask in masks[:-1])
+        self.layers.append(MaskedLinear(masks[-1].repeat_interleave(outputs, 0), zero_last))
+        self.direct: MaskedLinear | None = None
+        if any(width < len(sets) for width in widths):
+            self.direct = MaskedLinear(parents.repeat_interleave(outputs, 0), zero_last)
+        self.context_layer: nn.Linear | None = None
+        if context_features:
+            rows = (widths or [features * outputs])[0]
+            self.context_layer = nn.Linear(context_features, rows, bias=False)
+            if zero_last and not widths:
+                nn.init.zeros_(self.context_layer.weight)
+        self._levels = _levels(depth, [complete[unit] for unit in units], outputs)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Outputs of all features at once.
+
+        Args:
+            x: ``(*batch, features)``.
+            context: ``(*batch, context_features)``.
+
+        Returns:
+            ``(*batch, features, outputs)``; ``[..., i, :]`` depends on earlier features only.
+        """
+        shift = self._context_shift(context)
+
+        def linear(index: int, value: Tensor) -> Tensor:
+            value = self.layers[index](value)
+            return value if index or shift is None else value + shift
+
+        result = wire(x, linear, len(self.layers), self.activation, self.residual)
+        if self.direct is not None:
+            result = result + self.direct(x)
+        return result.unflatten(-1, (self.features, self.outputs))
+
+    def autoregress(
+        self,
+        step: Callable[[Tensor, Tensor], Tensor],
+        shape: Sequence[int],
+        context: Tensor | None,
+        like: Tensor,
+    ) -> Tensor:
+        """Find the values that agree with their own outputs, first features first.
+
+        A hidden unit is computed once, when the features it sees are known, so all steps together
+        take about the arithmetic of one forward pass. Differentiable with respect to all that
+        ``step`` and the network depend on.
+
+        Args:
+            step: called with the indices ``(n,)`` of the features that come next and their outputs
+                ``(*batch, n, outputs)``; returns their values ``(*batch, n)``.
+            shape: the batch shape.
+            context: ``(*batch, context_features)``.
+            like: a tensor of the dtype and device to work in.
+
+        Returns:
+            ``(*batch, features)``.
+
+        Example:
+            >>> import torch
+            >>> made = MADE(3, 1, zero_last=False)
+            >>> z = torch.randn(5, 3)
+            >>> x = made.autoregress(lambda i, shift: z[:, i] + shift[..., 0], (5,), None, z)
+            >>> torch.allclose(x, z + made(x)[..., 0], atol=1e-5)
+            True
+        """
+        batch = math.prod(shape)
+        weights, biases = self._in_order(context, batch)
+        # units are rows here: those that are final, and those that come next, lie side by side
+        inputs = [_Rows(weight.shape[1], batch, like) for weight in weights]
+        new = like.new_empty(0, batch)
+        values: list[Tensor] = []
+        for level in self._levels:
+            result = self._rows(level, new, inputs, weights, biases)
+            count = level.stop - level.start
+            result = result.t().reshape(*shape, count, self.outputs)
+            values.append(step(self.order[level.start : level.stop], result))
+            new = values[-1].reshape(batch, count).t()
+        return torch.cat(values, -1).index_select(-1, self.place)
+
+    def extra_repr(self) -> str:
+        """Sizes, and the number of steps that ``autoregress`` takes."""
+        return f"features={self.features}, outputs={self.outputs}, passes={len(self._levels)}"
+
+    def _rows(
+        self,
+        level: _Level,
+        new: Tensor,
+        inputs: list[_Rows],
+        weights: list[Tensor],
+        biases: list[Tensor],
+    ) -> Tensor:
+        """The outputs of one level ``(n · outputs, batch)``, from the values of the one before."""
+
+        def linear(index: int, value: Tensor) -> Tensor:
+            known = inputs[index].extend(value)
+            start, stop = level.rows[index]
+            if start == stop:
+                return value[:0]
+            weight = weights[index][start:stop, : len(known)]
+            return torch.addmm(biases[index][start:stop], weight, known)
+
+        result = wire(new, linear, len(self.layers), self.activation, self.residual)
+        return result if self.direct is None else result + linear(len(self.layers), new)
+
+    def _in_order(self, context: Tensor | None, batch: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and biases ``(rows, batch or 1)`` with features sorted from first to last."""
+        layers = [*self.layers] if self.direct is None else [*self.layers, self.direct]
+        weights = [layer.masked_weight for layer in layers]
+        biases = [layer.bias.unsqueeze(1) for layer in layers]
+        shift = self._context_shift(context)
+        if shift is not None:
+            biases[0] = biases[0] + shift.reshape(batch, biases[0].shape[0]).t()
+        last = len(self.layers) - 1
+        for index in {0, last + 1} & set(range(len(layers))):
+            weights[index] = weights[index].index_select(1, self.order)
+        for index in range(last, len(layers)):
+            weights[index] = self._sorted_outputs(weights[index])
+            biases[index] = self._sorted_outputs(biases[index])
+        return weights, biases
+
+    def _sorted_outputs(self, rows: Tensor) -> Tensor:
+        """Rows ``(features · outputs, n)`` with the features in order."""
+        blocks = rows.unflatten(0, (self.features, self.outputs))
+        return blocks.index_select(0, self.order).flatten(0, 1)
+
+    def _context_shift(self, context: Tensor | None) -> Tensor | None:
+        """What the context adds to the first layer, ``(*batch, units)``."""
+        if self.context_layer is None:
+            return None
+        return self.context_layer(required(context, self.context_features))
+
+
+def _sequence(
+    features: int, order: str | Sequence[int] | None, generator: torch.Generator | None
+) -> Tensor:
+    """The features from first to last."""
+    if order is None or order == "natural":
+        return torch.arange(features)
+    if order == "reverse":
+        return torch.arange(features).flip(0)
+    if order == "random":
+        return torch.randperm(features, generator=generator)
+    sequence = [order] if isinstance(order, str) else [int(index) for index in order]
+    if sorted(map(str, sequence)) != sorted(map(str, range(features))):
+        raise ValueError(
+            f'order is "natural", "reverse", "random" or a permutation of 0 to {features - 1}, '
+            f"got {order!r}"
+        )
+    return torch.tensor(sequence)
+
+
+def _grouped(features: int, sequence: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
+    """What each feature depends on ``(features, features)``, and the group it is in."""
+    passes = features if passes is None else passes
+    if not 1 <= passes <= features:
+        raise ValueError(f"passes must be 1 to {features}, the number of features, got {passes}")
+    group = sequence.argsort() * passes // features
+    return group.unsqueeze(1) > group, group
+
+
+def _graph(features: int, adjacency: Tensor | Sequence[Sequence[bool]]) -> tuple[Tensor, Tensor]:
+    """The dependency graph as a tensor, and every feature's longest chain of ancestors."""
+    parents = torch.as_tensor(adjacency, dtype=torch.bool, device="cpu")
+    if parents.shape != (features, features):
+        raise ValueError(
+            f"adjacency must have shape ({features}, {features}), got {tuple(parents.shape)}"
+        )
+    depth = torch.zeros(features, dtype=torch.long)
+    known = torch.zeros(features, dtype=torch.bool)
+    level = 0
+    while not known.all():
+        ready = ~known & ~(parents & ~known).any(1)
+        if not ready.any():
+            raise ValueError(
+                f"the dependency graph has a cycle: {_cycle(parents & ~known, known)} (an arrow "
+                "points to what a feature depends on); remove one of these dependencies"
+            )
+        depth[ready] = level
+        known |= ready
+        level += 1
+    return parents, depth
+
+
+def _cycle(parents: Tensor, known: Tensor) -> str:
+    """A cycle among the features that are not known, each of which has an unknown parent."""
+    path = [int((~known).nonzero()[0])]
+    while (parent := int(parents[path[-1]].nonzero()[0])) not in path:
+        path.append(parent)
+    return " → ".join(map(str, [*path[path.index(parent) :], parent]))
+
+
+def _sets(parents: Tensor, depth: Tensor, with_empty: bool) -> tuple[Tensor, Tensor]:
+    """The distinct sets that features depend on, and after how many levels each is complete.
+
+    The empty set is of use only to units that see a context, or where there is no other.
+    """
+    sets = torch.unique(parents, dim=0)
+    complete = (sets * (depth + 1)).amax(1)
+    if not with_empty and len(sets) > 1:
+        sets, complete = sets[complete > 0], complete[complete > 0]
+    earliest = complete.argsort(stable=True)
+    return sets[earliest], complete[earliest]
+
+
+def _spread(units: int, sets: int) -> Tensor:
+    """Which set each of a layer's units carries, in increasing order."""
+    if units >= sets:
+        return (torch.arange(units) % sets).sort().values
+    return torch.linspace(0, sets - 1, units).round().long()
+
+
+def _contained(sets: Tensor, within: Tensor) -> Tensor:
+    """Whether set j is contained in set i of ``within``, ``(len(within), len(sets))``."""
+    return (~within).float() @ sets.float().t() == 0
+
+
+def _levels(depth: Tensor, complete: list[Tensor], outputs: int) -> tuple[_Level, ...]:
+    """The steps of ``autoregress``: which features and which units become known in each.
+
+    Args:
+        depth: the level of each feature.
+        complete: for each hidden layer, the level of its units, increasing.
+        outputs: rows of the output layers for each feature.
+    """
+    levels = []
+    for level in range(int(depth.max()) + 1):
+        start, stop = int((depth < level).sum()), int((depth <= level).sum())
+        rows = [(int((units < level).sum()), int((units <= level).sum())) for units in complete]
+        # the layers that end in outputs: the last one, and the direct one if there is one
+        rows += 2 * [(start * outputs, stop * outputs)]
+        levels.append(_Level(start, stop, tuple(rows)))
+    return tuple(levels)

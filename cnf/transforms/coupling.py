@@ -1,0 +1,157 @@
+"""Coupling: one part of the features is mapped under parameters computed from the other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cnf.transforms.base import Mapped, Request, Transform
+
+if TYPE_CHECKING:
+    from cnf.bijections import ScalarMap
+
+
+def half_mask(features: int, flip: bool = False) -> Tensor:
+    """True for the features after the first half; with ``flip``, for the first half.
+
+    >>> half_mask(4)
+    tensor([False, False,  True,  True])
+    """
+    return (torch.arange(features) >= features // 2) ^ flip
+
+
+def alternating_mask(features: int, flip: bool = False) -> Tensor:
+    """True for every other feature: 1, 3, … or, with ``flip``, 0, 2, ….
+
+    >>> alternating_mask(4)
+    tensor([False,  True, False,  True])
+    """
+    return (torch.arange(features) % 2 == 1) ^ flip
+
+
+def random_mask(features: int, generator: torch.Generator | None = None) -> Tensor:
+    """True for a random half of the features, the larger one if they are odd in number.
+
+    >>> int(random_mask(5).sum())
+    3
+    """
+    return half_mask(features)[torch.randperm(features, generator=generator)]
+
+
+class Coupling(Transform):
+    """x_A = z_A and x_B = τ(z_B; θ(x_A, context)), with a scalar map τ and any network θ.
+
+    log_det = Σ_{i∈B} log |dτ/dz_i|, in nats. Both directions take one pass of the network. Dinh et
+    al. 2017, https://arxiv.org/abs/1605.08803.
+
+    Args:
+        scalar_map: τ.
+        conditioner: θ, called with x_A ``(*batch, |A|)`` and the context; gives
+            ``(*batch, |B| · scalar_map.size)`` or ``(*batch, |B|, scalar_map.size)``.
+        mask: boolean, ``(features,)``: True for the features that are transformed (B).
+        identity_map: what to do with the other part (x_A) instead of leaving it alone: a transform
+            of ``(|A|,)``, for instance an elementwise one. The conditioner sees the data's side.
+
+    Raises:
+        ValueError: if the mask leaves nothing to transform or nothing to condition on.
+
+    Example:
+        >>> import torch
+        >>> from cnf.bijections import Affine
+        >>> from cnf.nets import MLP
+        >>> coupling = Coupling(Affine(), MLP(1, 2), half_mask(2))
+        >>> coupling(torch.tensor([1.0, 3.0])).value.detach()  # starts as the identity
+        tensor([1., 3.])
+    """
+
+    split: Tensor
+    merge: Tensor
+
+    def __init__(
+        self,
+        scalar_map: ScalarMap,
+        conditioner: nn.Module,
+        mask: Tensor,
+        identity_map: Transform | None = None,
+    ):
+        super().__init__()
+        if mask.dim() != 1 or mask.dtype != torch.bool:
+            raise ValueError(
+                f"a coupling mask is boolean with shape (features,), got {mask.dtype} with shape "
+                f"{tuple(mask.shape)}"
+            )
+        if mask.all() or not mask.any():
+            raise ValueError(
+                f"the coupling mask {mask.tolist()} must be True for some features (transformed) "
+                "and False for some (what the others are conditioned on); with one feature, use "
+                "Elementwise with a conditioner"
+            )
+        self.scalar_map = scalar_map
+        self.conditioner = conditioner
+        self.identity_map = identity_map
+        self.sizes = (int((~mask).sum()), int(mask.sum()))
+        split = mask.int().argsort(stable=True)
+        self.register_buffer("split", split)
+        self.register_buffer("merge", split.argsort())
+
+    def forward(
+        self, z: Tensor, context: Tensor | None = None, request: Request | None = None
+    ) -> Mapped:
+        """Map z to x."""
+        left, right = self._parts(z)
+        rest = None
+        if self.identity_map is not None:
+            rest = self.identity_map.forward(left, context, request)
+            left = rest.value
+        right, terms = self.scalar_map.forward(right, self._condition(left, context))
+        return self._mapped(left, right, terms, rest)
+
+    def inverse(
+        self, x: Tensor, context: Tensor | None = None, request: Request | None = None
+    ) -> Mapped:
+        """Map x to z."""
+        left, right = self._parts(x)
+        right, terms = self.scalar_map.inverse(right, self._condition(left, context))
+        rest = None
+        if self.identity_map is not None:
+            rest = self.identity_map.inverse(left, context, request)
+            left = rest.value
+        return self._mapped(left, right, terms, rest)
+
+    def extra_repr(self) -> str:
+        """The scalar map and the sizes of the two parts."""
+        return f"{self.scalar_map}, features={sum(self.sizes)}, transformed={self.sizes[1]}"
+
+    def _parts(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The part that conditions and the part that is transformed."""
+        if value.shape[-1] != sum(self.sizes):
+            raise ValueError(
+                f"this coupling was built for {sum(self.sizes)} features, got a tensor of shape "
+                f"{tuple(value.shape)}"
+            )
+        left, right = value.index_select(-1, self.split).split(self.sizes, -1)
+        return left, right
+
+    def _condition(self, left: Tensor, context: Tensor | None) -> Tensor:
+        """The scalar map's parameters, ``(*batch, |B|, size)``."""
+        parameters = self.conditioner(left, context)
+        batch, wanted = left.shape[:-1], (self.sizes[1], self.scalar_map.size)
+        if parameters.shape == (*batch, *wanted):
+            return parameters
+        if parameters.shape == (*batch, wanted[0] * wanted[1]):
+            return parameters.unflatten(-1, wanted)
+        raise ValueError(
+            f"the conditioner of a coupling that transforms {wanted[0]} features by "
+            f"{self.scalar_map} must return shape {(*batch, wanted[0] * wanted[1])}, got "
+            f"{tuple(parameters.shape)}"
+        )
+
+    def _mapped(self, left: Tensor, right: Tensor, terms: Tensor, rest: Mapped | None) -> Mapped:
+        """Put the parts together again."""
+        value = torch.cat([left, right], -1).index_select(-1, self.merge)
+        log_det = terms.sum(-1)
+        if rest is None:
+            return Mapped(value, log_det, {})
+        return Mapped(value, log_det + rest.log_det, rest.costs)
