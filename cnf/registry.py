@@ -120,6 +120,8 @@ def unknown_name(kind: str, name: str, known: Mapping[str, Any]) -> UnknownNameE
     return UnknownNameError(f"no {kind} is called {name!r}.{hint} Known: {', '.join(known)}")
 
 
+MODELS: Registry[Any] = Registry("model")
+
 _RECORDS: dict[str, type] = {}
 
 

@@ -1,7 +1,8 @@
 """Networks: they know nothing of flows."""
 
 from cnf.nets.activations import activation
+from cnf.nets.fields import Field, TimeMLP
 from cnf.nets.made import MADE, MaskedLinear
 from cnf.nets.mlp import MLP
 
-__all__ = ["MADE", "MLP", "MaskedLinear", "activation"]
+__all__ = ["MADE", "MLP", "Field", "MaskedLinear", "TimeMLP", "activation"]

@@ -1,0 +1,1 @@
+"""Continuous normalizing flows, and the discrete ones beside them, in one API."""

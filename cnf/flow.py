@@ -1,0 +1,436 @@
+"""A flow: a transform and a base, with the density and the sampler that they make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cnf.distributions import Base, as_shape
+from cnf.registry import Recipe
+from cnf.storage import save
+from cnf.transforms.base import Mapped, Request, Transform, compose
+from cnf.transforms.normalization import Standardize
+
+VALUE_ONLY = Request(log_det=False)
+
+
+class Evaluation(NamedTuple):
+    """Everything one pass from data to base says about points.
+
+    Attributes:
+        log_prob: in nats and in the data's own units, ``(*batch,)``.
+        stderr: its standard error where the request asked for the variance, else None.
+        z: the latent points.
+        costs: the path costs that the request asked for, each ``(*batch,)``.
+    """
+
+    log_prob: Tensor
+    stderr: Tensor | None
+    z: Tensor
+    costs: dict[str, Tensor]
+
+
+class Flow(nn.Module):
+    """A density by change of variables: log p(x) = log p(z) + log |det dz/dx|.
+
+    x and the context are standardised by a fixed affine map that ``standardize`` fills from data;
+    densities are in the data's own units all the same. Shapes follow ``torch.distributions``:
+    samples are ``sample_shape + batch_shape + event_shape``, where the batch shape is the context's.
+
+    Args:
+        transform: the map between z and (standardised) x.
+        base: the distribution of z.
+        event_shape: the shape of one x; the base's unless the transform reshapes.
+        context_features: size of the context, 0 for an unconditional density.
+
+    Example:
+        >>> import torch
+        >>> import cnf
+        >>> flow = cnf.realnvp(2)
+        >>> flow.log_prob(torch.zeros(7, 2)).shape
+        torch.Size([7])
+        >>> flow.sample((3,)).shape
+        torch.Size([3, 2])
+    """
+
+    recipe: Recipe | None = None
+
+    def __init__(
+        self,
+        transform: Transform,
+        base: Base,
+        *,
+        event_shape: int | Sequence[int] | None = None,
+        context_features: int = 0,
+    ):
+        super().__init__()
+        self.event_shape = as_shape(base.event_shape if event_shape is None else event_shape)
+        self.context_features = context_features
+        if transform.latent_shape(self.event_shape) != base.event_shape:
+            raise ValueError(
+                f"the transform takes x of shape {self.event_shape} to z of shape "
+                f"{transform.latent_shape(self.event_shape)}, and the base has {base.event_shape}"
+            )
+        self.transform = transform
+        self.base = base
+        self.scaling = Standardize(self.event_shape)
+        self.context_scaling = Standardize((context_features,)) if context_features else None
+        self._compiled: dict[str, Callable[..., Mapped]] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type that the flow computes in."""
+        return self.scaling.loc.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the flow is."""
+        return self.scaling.loc.device
+
+    # ---- densities -------------------------------------------------------------------------
+
+    def forward(self, x: Any, context: Any = None) -> Tensor:
+        """The same as ``log_prob``."""
+        return self.log_prob(x, context)
+
+    def log_prob(self, x: Any, context: Any = None, *, chunk: int | None = None) -> Tensor:
+        """Log-density in nats, exact and repeatable wherever the transform's own is.
+
+        Args:
+            x: ``(*batch, *event_shape)``, a tensor or an array.
+            context: ``(*batch, context_features)``, broadcast against x's batch.
+            chunk: evaluate at most this many points at a time.
+
+        Returns:
+            ``(*batch,)``.
+        """
+        return self.evaluate(x, context, chunk=chunk).log_prob
+
+    def evaluate(
+        self,
+        x: Any,
+        context: Any = None,
+        request: Request | None = None,
+        *,
+        chunk: int | None = None,
+    ) -> Evaluation:
+        """Log-density with its standard error, latent points and path costs, as requested."""
+        x, context = self._broadcast(x, context)
+
+        def score(x: Tensor, context: Tensor | None) -> dict[str, Tensor]:
+            z, log_det, costs = self._inverse(x, context, request)
+            log_prob = self.base.log_prob(z, self._scaled(context)) + log_det
+            return {"log_prob": log_prob, "z": z, **{f"cost {k}": v for k, v in costs.items()}}
+
+        parts = self._in_chunks(score, x, context, chunk)
+        costs = {k.removeprefix("cost "): v for k, v in parts.items() if k.startswith("cost ")}
+        variance = costs.pop("log_det_variance", None)
+        if variance is None and request is not None and request.variance:
+            variance = torch.zeros_like(parts["log_prob"])
+        stderr = None if variance is None else variance.sqrt()
+        return Evaluation(parts["log_prob"], stderr, parts["z"], costs)
+
+    def encode(self, x: Any, context: Any = None) -> Tensor:
+        """The latent z of data x."""
+        x, context = self._broadcast(x, context)
+        return self._inverse(x, context, VALUE_ONLY).value
+
+    def decode(self, z: Any, context: Any = None) -> Tensor:
+        """The data x of latent z."""
+        z, context = self._broadcast(z, context, self.base.event_shape)
+        return self._forward(z, context, VALUE_ONLY).value
+
+    # ---- samples ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        shape: Sequence[int] = (),
+        context: Any = None,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        chunk: int | None = None,
+    ) -> Tensor:
+        """Draw samples, without gradient.
+
+        Args:
+            shape: how many, as a shape.
+            context: ``(*batch_shape, context_features)``; each is sampled ``shape`` times.
+            temperature: multiplies the base's spread.
+            generator: where the randomness comes from.
+            chunk: map at most this many points at a time.
+
+        Returns:
+            ``(*shape, *batch_shape, *event_shape)``.
+        """
+        z, context = self._draw(shape, context, temperature, generator)
+
+        def generate(z: Tensor, context: Tensor | None) -> dict[str, Tensor]:
+            return {"x": self._forward(z, context, VALUE_ONLY).value}
+
+        return self._in_chunks(generate, z, context, chunk, self.base.event_shape)["x"]
+
+    def rsample(
+        self,
+        shape: Sequence[int] = (),
+        context: Any = None,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw samples that carry gradients to the parameters and the context."""
+        z, context = self._draw(shape, context, temperature, generator)
+        return self._forward(z, context, VALUE_ONLY).value
+
+    def sample_and_log_prob(
+        self,
+        shape: Sequence[int] = (),
+        context: Any = None,
+        *,
+        temperature: float = 1.0,
+        request: Request | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw reparameterised samples with their log-density, in one pass.
+
+        The density is the flow's own, whatever the temperature. Noise comes from the request's
+        generator.
+        """
+        generator = None if request is None else request.generator
+        z, context = self._draw(shape, context, temperature, generator)
+        x, log_det, _ = self._forward(z, context, request)
+        return x, self.base.log_prob(z, self._scaled(context)) - log_det
+
+    def trajectory(self, z: Any, times: Any, context: Any = None) -> tuple[Tensor, Tensor]:
+        """The path from latent z (t = 0) to data (t = 1), in the data's own units.
+
+        Args:
+            z: ``(*batch, *event)``.
+            times: increasing times in [0, 1]; a discrete flow answers with its layers' instead.
+            context: ``(*batch, context_features)``.
+
+        Returns:
+            The times, and the values there, ``(times, *batch, *event)``.
+        """
+        z, context = self._broadcast(z, context, self.base.event_shape)
+        times, values = self.transform.trajectory(
+            z, self._tensor("times", times), self._scaled(context)
+        )
+        return times, self.scaling.forward(values).value
+
+    def distribution(self, context: Any = None) -> FlowDistribution:
+        """The flow at a context as a ``torch.distributions.Distribution``."""
+        return FlowDistribution(self, self._context(context))
+
+    # ---- data-dependent state --------------------------------------------------------------
+
+    @torch.no_grad()
+    def standardize(self, x: Any, context: Any = None) -> Flow:
+        """Fill the fixed affine maps from data: x and context then have mean 0 and variance 1."""
+        x, context = self._broadcast(x, context)
+        self.scaling.fit(x)
+        if self.context_scaling is not None and context is not None:
+            self.context_scaling.fit(context)
+        return self
+
+    @torch.no_grad()
+    def initialize(self, x: Any, context: Any = None) -> Flow:
+        """Let the transform set its data-dependent parameters (ActNorm's) from a batch."""
+        x, context = self._broadcast(x, context)
+        self.transform.initialize(self.scaling.inverse(x).value, self._scaled(context))
+        return self
+
+    # ---- the two directions ----------------------------------------------------------------
+
+    def _inverse(self, x: Tensor, context: Tensor | None, request: Request | None) -> Mapped:
+        return self._compiled.get("inverse", self._run_inverse)(x, context, request)
+
+    def _forward(self, z: Tensor, context: Tensor | None, request: Request | None) -> Mapped:
+        return self._compiled.get("forward", self._run_forward)(z, context, request)
+
+    def _run_inverse(self, x: Tensor, context: Tensor | None, request: Request | None) -> Mapped:
+        maps = (self.scaling.inverse, self.transform.inverse)
+        return compose(x, maps, self._scaled(context), request)
+
+    def _run_forward(self, z: Tensor, context: Tensor | None, request: Request | None) -> Mapped:
+        maps = (self.transform.forward, self.scaling.forward)
+        return compose(z, maps, self._scaled(context), request)
+
+    def _scaled(self, context: Tensor | None) -> Tensor | None:
+        if context is None or self.context_scaling is None:
+            return context
+        return self.context_scaling.inverse(context).value
+
+    def _draw(
+        self,
+        shape: Sequence[int],
+        context: Any,
+        temperature: float,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not temperature >= 0:
+            raise ValueError(f"temperature must not be negative, got {temperature}")
+        context = self._context(context)
+        batch = tuple(shape) + (() if context is None else context.shape[:-1])
+        if context is not None:
+            context = context.expand(*batch, self.context_features)
+        return self.base.rsample(batch, self._scaled(context), temperature, generator), context
+
+    def _in_chunks(
+        self,
+        function: Callable[[Tensor, Tensor | None], dict[str, Tensor]],
+        value: Tensor,
+        context: Tensor | None,
+        chunk: int | None,
+        event_shape: tuple[int, ...] | None = None,
+    ) -> dict[str, Tensor]:
+        """Apply a function to all points at once, or to ``chunk`` of them at a time."""
+        event_shape = event_shape or self.event_shape
+        batch = value.shape[: value.dim() - len(event_shape)]
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be a positive number of points, got {chunk}")
+        if chunk is None or math.prod(batch) <= chunk:
+            return function(value, context)
+        values = value.reshape(-1, *event_shape).split(chunk)
+        contexts: Sequence[Tensor | None] = [None] * len(values)
+        if context is not None:
+            contexts = context.reshape(-1, context.shape[-1]).split(chunk)
+        parts = [function(*pair) for pair in zip(values, contexts, strict=True)]
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {name: part.reshape(*batch, *part.shape[1:]) for name, part in joined.items()}
+
+    # ---- what the user gives ---------------------------------------------------------------
+
+    def _broadcast(
+        self, value: Any, context: Any, event_shape: tuple[int, ...] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        event_shape = event_shape or self.event_shape
+        value, context = self._tensor("x", value), self._context(context)
+        dims = len(event_shape)
+        if value.dim() < dims or tuple(value.shape[value.dim() - dims :]) != event_shape:
+            raise ValueError(
+                f"expected points of shape (*batch, {', '.join(map(str, event_shape))}), got "
+                f"{tuple(value.shape)}"
+            )
+        if context is None:
+            return value, None
+        batch = value.shape[: value.dim() - dims]
+        try:
+            both = torch.broadcast_shapes(batch, context.shape[:-1])
+        except RuntimeError:
+            raise ValueError(
+                f"the context's batch axes {tuple(context.shape[:-1])} do not broadcast against "
+                f"the points' {tuple(batch)}"
+            ) from None
+        return value.expand(*both, *event_shape), context.expand(*both, self.context_features)
+
+    def _context(self, context: Any) -> Tensor | None:
+        if context is None:
+            if self.context_features:
+                raise ValueError(
+                    f"this flow is conditional: it needs a context of shape (*batch, "
+                    f"{self.context_features})"
+                )
+            return None
+        context = self._tensor("context", context)
+        if not self.context_features:
+            raise ValueError("this flow takes no context; build it with context_features=…")
+        if context.dim() < 1 or context.shape[-1] != self.context_features:
+            raise ValueError(
+                f"expected a context of shape (*batch, {self.context_features}), got "
+                f"{tuple(context.shape)}"
+            )
+        return context
+
+    def _tensor(self, name: str, value: Any) -> Tensor:
+        if not isinstance(value, Tensor):
+            return torch.as_tensor(np.asarray(value), device=self.device).to(self.dtype)
+        if value.device != self.device:
+            raise ValueError(
+                f"{name} is on {value.device} and the flow on {self.device}; move one with .to()"
+            )
+        if value.dtype != self.dtype:
+            raise TypeError(
+                f"{name} is {value.dtype} and the flow {self.dtype}; convert one of them, e.g. "
+                f"{name}.to(flow.dtype) or flow.to({value.dtype})"
+            )
+        return value
+
+    # ---- files and compilers ---------------------------------------------------------------
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``flow.json`` and ``flow.safetensors`` into a directory, for ``cnf.load``.
+
+        Raises:
+            TypeError: if the flow cannot be built again from data; the message says the way out.
+        """
+        save(self, directory)
+
+    def compile(  # type: ignore[override]
+        self, *, backend: str = "inductor", mode: str | None = None, dynamic: bool | None = None
+    ) -> Flow:
+        """Compile scoring and sampling in place; the first call of each pays for it.
+
+        Args:
+            backend: as in ``torch.compile``.
+            mode: as in ``torch.compile``.
+            dynamic: as in ``torch.compile``.
+        """
+        self._compiled = {
+            name: torch.compile(run, backend=backend, mode=mode, dynamic=dynamic)
+            for name, run in (("inverse", self._run_inverse), ("forward", self._run_forward))
+        }
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # compiled code belongs to this process
+        return {**self.__dict__, "_compiled": {}}
+
+
+class FlowDistribution(torch.distributions.Distribution):
+    """A flow at a fixed context, for everything that takes a ``torch`` distribution."""
+
+    has_rsample = True
+    arg_constraints: dict[str, Any] = {}
+
+    def __init__(
+        self, flow: Flow, context: Tensor | None = None, batch_shape: Sequence[int] = ()
+    ):
+        self.flow, self.context = flow, context
+        batch = torch.Size(batch_shape) if context is None else context.shape[:-1]
+        super().__init__(batch, torch.Size(flow.event_shape), validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        """All of real space."""
+        constraints = torch.distributions.constraints
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density in nats."""
+        return self.flow.log_prob(value, self.context)
+
+    def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
+        """Reparameterised samples."""
+        return self.flow.rsample(self._shape(sample_shape), self.context)
+
+    def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
+        """Samples without gradient."""
+        return self.flow.sample(self._shape(sample_shape), self.context)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlowDistribution:
+        """The same flow over more batch axes."""
+        context = self.context
+        if context is not None:
+            context = context.expand(*batch_shape, self.flow.context_features)
+        return FlowDistribution(self.flow, context, batch_shape)
+
+    def _shape(self, sample_shape: Sequence[int]) -> tuple[int, ...]:
+        # a context brings the batch axes itself
+        return (*sample_shape, *(self.batch_shape if self.context is None else ()))

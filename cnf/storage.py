@@ -1,0 +1,121 @@
+"""Flows on disk: safetensors for the numbers, JSON for the recipe, nothing that runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cnf.files import write_whole
+from cnf.registry import MODELS, Recipe, decode, encode
+
+CONFIG, WEIGHTS = "flow.json", "flow.safetensors"
+FORMAT = 1
+
+
+class LoadError(ValueError):
+    """A directory does not hold a flow that this version can build; the message says why."""
+
+
+def save(flow: nn.Module, directory: str | Path) -> None:
+    """Write a flow into a directory: ``flow.json`` and ``flow.safetensors``.
+
+    Raises:
+        TypeError: if the flow cannot be built again from data; the message says the way out.
+    """
+    recipe: Recipe | None = getattr(flow, "recipe", None)
+    if recipe is None:
+        raise TypeError(
+            "this flow was put together by hand, so there is no recipe to save. Build it with a "
+            "registered model function, or keep its state_dict and read it with "
+            "cnf.load(dir, into=flow)"
+        )
+    arguments = {name: encode(value, name) for name, value in recipe.arguments.items()}
+    if repr(_build(recipe.builder, arguments)) != repr(flow):
+        raise TypeError(
+            f"this flow is no longer what cnf.{recipe.builder} built: a part was exchanged after. "
+            "Register a model function that builds it as it is now, or undo the change"
+        )
+    config = {
+        "format": FORMAT,
+        "builder": recipe.builder,
+        "arguments": arguments,
+        "dtype": str(flow.dtype).removeprefix("torch."),
+    }
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_state(flow, directory / WEIGHTS)
+    with write_whole(directory / CONFIG) as path:
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load(
+    directory: str | Path,
+    *,
+    into: nn.Module | None = None,
+    device: str | torch.device | None = None,
+) -> Any:
+    """Read a flow that ``save`` wrote; ``log_prob`` is the same to the bit on the same machine.
+
+    Args:
+        directory: where ``flow.json`` and ``flow.safetensors`` are.
+        into: a flow of the same structure that takes the numbers; needed only where the flow was
+            put together by hand. Nothing is built then.
+        device: where the flow goes; the CPU by default.
+
+    Raises:
+        LoadError: if files are missing or damaged, or do not fit.
+    """
+    directory = Path(directory)
+    weights = directory / WEIGHTS
+    if not weights.is_file():
+        raise LoadError(f"{directory} holds no {WEIGHTS}: it is not a folder that save() wrote")
+    if into is None:
+        config = _read_config(directory / CONFIG)
+        dtype = getattr(torch, config["dtype"])
+        flow = _build(config["builder"], config["arguments"]).to(device=device, dtype=dtype)
+    else:
+        flow = into if device is None else into.to(device)
+    try:
+        read_state(flow, weights)
+    except (RuntimeError, SafetensorError) as error:
+        raise LoadError(f"{weights} does not fit the flow: {error}") from error
+    return flow
+
+
+def write_state(module: nn.Module, path: Path) -> None:
+    """Write a module's parameters and buffers, whole or not at all."""
+    state = {name: tensor.detach().cpu().clone().contiguous()
+             for name, tensor in module.state_dict().items()}
+    with write_whole(path) as temporary:
+        save_file(state, temporary)
+
+
+def read_state(module: nn.Module, path: Path) -> None:
+    """Read what ``write_state`` wrote into a module of the same structure."""
+    module.load_state_dict(load_file(path))
+
+
+def _build(builder: str, arguments: dict[str, Any]) -> Any:
+    # building draws initial weights that are thrown away: leave the user's generator alone
+    with torch.random.fork_rng(devices=[]):
+        return MODELS[builder].build(**decode(arguments))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LoadError(
+            f"{path} is missing: build the flow in code and call cnf.load(dir, into=flow)"
+        ) from None
+    except ValueError as error:
+        raise LoadError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise LoadError(f"{path} is not of format {FORMAT}, the one that this version reads")
+    return config

@@ -1,0 +1,158 @@
+"""A continuous flow: a field, a divergence and a solver that know nothing of each other."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from cnf.costs import PathPoint
+from cnf.divergence import Divergence, Exact, event_dims
+from cnf.ode import Solver, integrate
+from cnf.transforms.base import Mapped, Request, Transform
+
+DEFAULT_REQUEST = Request()
+
+
+class Continuous(Transform):
+    """The flow of dx/dt = v(t, x, context) from t = 0 (base) to t = 1 (data).
+
+    log |det dx(1)/dx(0)| = ∫₀¹ tr(∂v/∂x) dt, integrated beside x by the same solver.
+
+    Args:
+        field: any module with ``forward(t, x, context)``; a vector field unless it has an
+            attribute ``event_dims``.
+        divergence: how the trace is computed when the request does not say.
+        solver: method, tolerances, gradient mode and limits.
+        end_time: T; the field sees times in [0, T] and is multiplied by T.
+        trainable_end_time: learn T.
+        name: what ``count_nfe`` calls this block.
+
+    Paper: Chen et al., "Neural ordinary differential equations", NeurIPS 2018; Grathwohl et al.,
+    "FFJORD", ICLR 2019.
+
+    Example:
+        >>> import torch
+        >>> from cnf.nets import TimeMLP
+        >>> flow = Continuous(TimeMLP(2, (16,)))
+        >>> x, log_det, _ = flow(torch.zeros(5, 2))
+        >>> x.shape, log_det.shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+
+    def __init__(
+        self,
+        field: nn.Module,
+        divergence: Divergence | None = None,
+        solver: Solver | None = None,
+        *,
+        end_time: float = 1.0,
+        trainable_end_time: bool = False,
+        name: str = "",
+    ):
+        super().__init__()
+        if not end_time > 0:
+            raise ValueError(f"end_time must be positive, got {end_time}")
+        self.field = field
+        self.divergence = divergence or Exact()
+        self.solver = solver or Solver()
+        self.name = name
+        log_end_time = torch.tensor(math.log(end_time))
+        if trainable_end_time:
+            self.log_end_time = nn.Parameter(log_end_time)
+        else:
+            self.register_buffer("log_end_time", log_end_time)
+
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        """Whether the transform's own divergence is."""
+        return not self.divergence.stochastic
+
+    def forward(
+        self, z: Tensor, context: Tensor | None = None, request: Request | None = None
+    ) -> Mapped:
+        """Integrate from t = 0 to t = 1."""
+        return self._solve(z, z.new_tensor([0.0, 1.0]), context, request or DEFAULT_REQUEST)
+
+    def inverse(
+        self, x: Tensor, context: Tensor | None = None, request: Request | None = None
+    ) -> Mapped:
+        """Integrate from t = 1 to t = 0."""
+        return self._solve(x, x.new_tensor([1.0, 0.0]), context, request or DEFAULT_REQUEST)
+
+    def trajectory(
+        self, z: Tensor, times: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The solution at ``times``, which increase from 0."""
+        clock = self.log_end_time.exp()
+
+        def rhs(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (clock * self.field(clock * t, state[0], context),)
+
+        times = times.to(z)
+        start = torch.cat([times.new_zeros(1), times[times > 0]])
+        parameters = self._differentiated(context, clock)
+        (values,), _ = integrate(rhs, (z,), start, self.solver, parameters, name=self.name)
+        return (start, values) if bool(times[0] == 0) else (start[1:], values[1:])
+
+    def _solve(
+        self, value: Tensor, times: Tensor, context: Tensor | None, request: Request
+    ) -> Mapped:
+        divergence = request.divergence or self.divergence
+        clock = self.log_end_time.exp() * request.clock
+        traced = request.log_det or bool(request.costs)
+        products = any(cost.needs_products for cost in request.costs)
+        noise = divergence.draw(self.field, value, request.generator) if traced else None
+        # costs are integrals over |dt|: they grow in whichever direction the solver walks
+        heading = 1.0 if bool(times[1] > times[0]) else -1.0
+        batch = value.shape[: value.dim() - event_dims(self.field)]
+        samples = request.variance and divergence.stochastic
+        if samples and divergence.estimates < 2:
+            raise ValueError(
+                f"the variance of an estimate needs at least two of them, and {divergence} makes "
+                "one; ask for more, e.g. Hutchinson(probes=8)"
+            )
+
+        def rhs(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x, t = state[0], clock * t
+            if noise is None:
+                return (clock * self.field(t, x, context),)
+            point = divergence(self.field, t, x, context, noise, products)
+            at = PathPoint(self.field, t, x, context, point)
+            trace = point.samples if samples and point.samples is not None else point.divergence
+            return (
+                clock * point.velocity,
+                clock * trace,
+                *[heading * clock * cost(at) for cost in request.costs],
+            )
+
+        state = [value]
+        if traced:
+            shape = (divergence.estimates, *batch) if samples else batch
+            state += [value.new_zeros(shape), *[value.new_zeros(batch) for _ in request.costs]]
+        solution, _ = integrate(
+            rhs,
+            tuple(state),
+            times,
+            self.solver,
+            self._differentiated(context, clock),
+            name=self.name,
+        )
+        end, *integrals = [values[-1] for values in solution]
+        costs = dict(zip([cost.name for cost in request.costs], integrals[1:], strict=True))
+        log_det = integrals[0] if traced else value.new_full(batch, math.nan)
+        if request.variance:
+            costs["log_det_variance"] = value.new_zeros(batch)
+        if samples:
+            costs["log_det_variance"] = log_det.var(0) / log_det.shape[0]
+            log_det = log_det.mean(0)
+        return Mapped(end, log_det, costs)
+
+    def _differentiated(self, context: Tensor | None, clock: Tensor) -> tuple[Tensor, ...]:
+        # the adjoint's gradient is silently zero for whatever is not among these
+        return (*self.field.parameters(), *([] if context is None else [context]), clock)
+
+    def extra_repr(self) -> str:
+        """What is not a module."""
+        return f"divergence={self.divergence}, solver={self.solver}"
