@@ -2,16 +2,48 @@
 
 from cnf.transforms.autoregressive import Autoregressive
 from cnf.transforms.base import Chain, Inverse, Mapped, Request, Transform
+from cnf.transforms.continuous import Continuous
+from cnf.transforms.convolution import Convolution1x1
 from cnf.transforms.coupling import Coupling, alternating_mask, half_mask, random_mask
+from cnf.transforms.elementwise import Elementwise
+from cnf.transforms.linear import (
+    Diagonal,
+    HouseholderLinear,
+    Linear,
+    LULinear,
+    MatrixExponential,
+    Permutation,
+    QRLinear,
+    Rotation,
+    SVDLinear,
+    Triangular,
+)
+from cnf.transforms.normalization import ActNorm, BatchNorm, Standardize
 
 __all__ = [
+    "ActNorm",
     "Autoregressive",
+    "BatchNorm",
     "Chain",
+    "Continuous",
+    "Convolution1x1",
     "Coupling",
+    "Diagonal",
+    "Elementwise",
+    "HouseholderLinear",
     "Inverse",
+    "LULinear",
+    "Linear",
     "Mapped",
+    "MatrixExponential",
+    "Permutation",
+    "QRLinear",
     "Request",
+    "Rotation",
+    "SVDLinear",
+    "Standardize",
     "Transform",
+    "Triangular",
     "alternating_mask",
     "half_mask",
     "random_mask",
