@@ -13,6 +13,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from cnf.costs import Cost
     from cnf.divergence import Divergence
+    from cnf.ode import Solver
 
 
 class Mapped(NamedTuple):
@@ -36,6 +37,8 @@ class Request:
 
     Attributes:
         divergence: the trace estimator to use; None means the transform's own.
+        solver: how to integrate; None means the transform's own. Training is usually content with
+            looser tolerances than a density that is reported.
         costs: the path costs to integrate along.
         generator: where probes and other noise come from; None means torch's global generator.
         log_det: False says that nobody will read ``log_det``: a continuous transform then skips
@@ -46,6 +49,7 @@ class Request:
     """
 
     divergence: Divergence | None = None
+    solver: Solver | None = None
     costs: tuple[Cost, ...] = ()
     generator: torch.Generator | None = None
     log_det: bool = True

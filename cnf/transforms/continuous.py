@@ -135,7 +135,7 @@ class Continuous(Transform):
             rhs,
             tuple(state),
             times,
-            self.solver,
+            request.solver or self.solver,
             self._differentiated(context, clock),
             name=self.name,
         )
