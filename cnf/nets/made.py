@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,20 +41,6 @@ class MaskedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
         return apply_linear(x, self.masked_weight, self.bias)
-
-
-class _Level(NamedTuple):
-    """What becomes known in one step.
-
-    Attributes:
-        start: the first of the step's places in the order.
-        stop: the place after the last.
-        rows: for every linear layer, the first of its units and the one after the last.
-    """
-
-    start: int
-    stop: int
-    rows: tuple[tuple[int, int], ...]
 
 
 class _Rows:
@@ -168,7 +153,13 @@ class MADE(nn.Module):
             self.context_layer = nn.Linear(context_features, rows, bias=False)
             if zero_last and not widths:
                 nn.init.zeros_(self.context_layer.weight)
-        self._levels = _levels(depth, [complete[unit] for unit in units], outputs)
+        # how many features, and how many rows of each layer, become known in each step
+        self._counts = depth.bincount().tolist()
+        self._rows = [
+            complete[unit].bincount(minlength=len(self._counts)).tolist() for unit in units
+        ]
+        # the layers that end in outputs: the last one, and the direct one if there is one
+        self._rows += 2 * [[count * outputs for count in self._counts]]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Outputs of all features at once.
@@ -223,59 +214,62 @@ class MADE(nn.Module):
             True
         """
         batch = math.prod(shape)
-        weights, biases = self._in_order(context, batch)
         # units are rows here: those that are final, and those that come next, lie side by side
-        inputs = [_Rows(weight.shape[1], batch, like) for weight in weights]
+        blocks = self._blocks(context, batch)
+        known = [_Rows(layer[0][0].shape[1], batch, like) for layer in blocks]
         new = like.new_empty(0, batch)
         values: list[Tensor] = []
-        for level in self._levels:
-            result = self._rows(level, new, inputs, weights, biases)
-            count = level.stop - level.start
-            result = result.t().reshape(*shape, count, self.outputs)
-            values.append(step(self.order[level.start : level.stop], result))
+        for level, indices in enumerate(self.order.split(self._counts)):
+            result = self._advance([layer[level] for layer in blocks], known, new)
+            count = len(indices)
+            values.append(step(indices, result.t().reshape(*shape, count, self.outputs)))
             new = values[-1].reshape(batch, count).t()
         return torch.cat(values, -1).index_select(-1, self.place)
 
     def extra_repr(self) -> str:
         """Sizes, and the number of steps that ``autoregress`` takes."""
-        return f"features={self.features}, outputs={self.outputs}, passes={len(self._levels)}"
+        return f"features={self.features}, outputs={self.outputs}, passes={len(self._counts)}"
 
-    def _rows(
-        self,
-        level: _Level,
-        new: Tensor,
-        inputs: list[_Rows],
-        weights: list[Tensor],
-        biases: list[Tensor],
+    def _advance(
+        self, blocks: list[tuple[Tensor, Tensor]], known: list[_Rows], new: Tensor
     ) -> Tensor:
-        """The outputs of one level ``(n · outputs, batch)``, from the values of the one before."""
+        """The outputs that come next ``(n · outputs, batch)``, now that ``new`` values are known.
+
+        Args:
+            blocks: for every layer, the weights and biases of the units that come next.
+            known: for every layer, the inputs known before; extended here.
+            new: values of features, ``(n, batch)``.
+        """
 
         def linear(index: int, value: Tensor) -> Tensor:
-            known = inputs[index].extend(value)
-            start, stop = level.rows[index]
-            if start == stop:
+            inputs = known[index].extend(value)
+            weight, bias = blocks[index]
+            if not len(weight):
                 return value[:0]
-            weight = weights[index][start:stop, : len(known)]
-            return torch.addmm(biases[index][start:stop], weight, known)
+            return torch.addmm(bias, weight[:, : len(inputs)], inputs)
 
         result = wire(new, linear, len(self.layers), self.activation, self.residual)
         return result if self.direct is None else result + linear(len(self.layers), new)
 
-    def _in_order(self, context: Tensor | None, batch: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights and biases ``(rows, batch or 1)`` with features sorted from first to last."""
+    def _blocks(self, context: Tensor | None, batch: int) -> list[list[tuple[Tensor, Tensor]]]:
+        """For every layer and step, the weights ``(n, inputs)`` and biases ``(n, batch or 1)``.
+
+        Both see the features sorted from first to last.
+        """
         layers = [*self.layers] if self.direct is None else [*self.layers, self.direct]
-        weights = [layer.masked_weight for layer in layers]
-        biases = [layer.bias.unsqueeze(1) for layer in layers]
         shift = self._context_shift(context)
-        if shift is not None:
-            biases[0] = biases[0] + shift.reshape(batch, biases[0].shape[0]).t()
         last = len(self.layers) - 1
-        for index in {0, last + 1} & set(range(len(layers))):
-            weights[index] = weights[index].index_select(1, self.order)
-        for index in range(last, len(layers)):
-            weights[index] = self._sorted_outputs(weights[index])
-            biases[index] = self._sorted_outputs(biases[index])
-        return weights, biases
+        blocks = []
+        for index, (layer, rows) in enumerate(zip(layers, self._rows, strict=False)):
+            weight, bias = layer.masked_weight, layer.bias.unsqueeze(1)
+            if index == 0 and shift is not None:
+                bias = bias + shift.reshape(batch, layer.out_features).t()
+            if index in (0, last + 1):  # these take features
+                weight = weight.index_select(1, self.order)
+            if index >= last:
+                weight, bias = self._sorted_outputs(weight), self._sorted_outputs(bias)
+            blocks.append(list(zip(weight.split(rows), bias.split(rows), strict=True)))
+        return blocks
 
     def _sorted_outputs(self, rows: Tensor) -> Tensor:
         """Rows ``(features · outputs, n)`` with the features in order."""
@@ -371,21 +365,3 @@ def _spread(units: int, sets: int) -> Tensor:
 def _contained(sets: Tensor, within: Tensor) -> Tensor:
     """Whether set j is contained in set i of ``within``, ``(len(within), len(sets))``."""
     return (~within).float() @ sets.float().t() == 0
-
-
-def _levels(depth: Tensor, complete: list[Tensor], outputs: int) -> tuple[_Level, ...]:
-    """The steps of ``autoregress``: which features and which units become known in each.
-
-    Args:
-        depth: the level of each feature.
-        complete: for each hidden layer, the level of its units, increasing.
-        outputs: rows of the output layers for each feature.
-    """
-    levels = []
-    for level in range(int(depth.max()) + 1):
-        start, stop = int((depth < level).sum()), int((depth <= level).sum())
-        rows = [(int((units < level).sum()), int((units <= level).sum())) for units in complete]
-        # the layers that end in outputs: the last one, and the direct one if there is one
-        rows += 2 * [(start * outputs, stop * outputs)]
-        levels.append(_Level(start, stop, tuple(rows)))
-    return tuple(levels)
