@@ -19,6 +19,7 @@ from cnf.transforms.linear import (
     Triangular,
 )
 from cnf.transforms.normalization import ActNorm, BatchNorm, Standardize
+from cnf.transforms.planar import Planar, Radial, Sylvester
 
 __all__ = [
     "ActNorm",
@@ -37,11 +38,14 @@ __all__ = [
     "Mapped",
     "MatrixExponential",
     "Permutation",
+    "Planar",
     "QRLinear",
+    "Radial",
     "Request",
     "Rotation",
     "SVDLinear",
     "Standardize",
+    "Sylvester",
     "Transform",
     "Triangular",
     "alternating_mask",
