@@ -37,7 +37,7 @@ def open_npz(path: Path, key: str | None) -> Source:
         DataError: where it is not clear which array is meant, and as for NPY.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as archive:
             known = list(archive.files)
             names = [key] if key is not None and key in known else known
             arrays = {name: archive[name] for name in names}
@@ -153,7 +153,7 @@ def _not_numbers(source: Source, position: int, kind: str) -> str:
 
 def _refuse_objects(path: Path, error: Exception) -> None:
     """Name the one failure that has nothing to do with damage."""
-    if "allow_pickle" in str(error) or "Object arrays" in str(error):
+    if "allow_pickle" in str(error) or "Python objects" in str(error):
         raise DataError(
             f"{path} holds an array of Python objects, and reading those could run code; "
             "save it as numbers: array.astype(float)"

@@ -80,7 +80,6 @@ class Dialect:
             start = skip + 1
             try:
                 for cells in reader:
-                    cells = [cell.strip() for cell in cells]
                     if cells and cells != [""]:
                         yield start, cells
                     start = skip + reader.line_num + 1
@@ -156,14 +155,16 @@ def _sniff(path: Path) -> Dialect:
     body = lines[comments:]
     dialect = dataclasses.replace(bare, delimiter=_delimiter(body, path))
 
-    first = list(itertools.islice(dialect.rows(comments), 3))
-    if not first:
+    numbered_rows = list(itertools.islice(dialect.rows(comments), 3))
+    if not numbered_rows:
         raise DataError(f"{path} has no rows")
-    if _is_header([cells for _, cells in first]):
-        names = tuple(first[0][1])
-        skip = first[1][0] - 1 if len(first) > 1 else first[0][0]
-        return dataclasses.replace(dialect, names=names, named=True, skip=skip)
-    width = len(first[0][1])
+    first = [[cell.strip() for cell in cells] for _, cells in numbered_rows]
+    if _is_header(first):
+        line, after = numbered_rows[0][0], numbered_rows[1:2]
+        # a name may hold a line end, so the next row tells where the header stops
+        skip = after[0][0] - 1 if after else line
+        return dataclasses.replace(dialect, names=tuple(first[0]), named=True, skip=skip)
+    width = len(first[0])
     # np.savetxt writes the names as a comment
     last = lines[comments - 1].lstrip("#").strip() if comments else ""
     for delimiter in (dialect.delimiter, ",", BLANKS):
@@ -205,7 +206,9 @@ def _delimiter(lines: Sequence[str], path: Path) -> str:
         if width == 1:
             continue
         cells = [cell for row in rows[1:] or rows for cell in row if cell]
-        numbers = sum(map(is_number, cells)) / max(1, len(cells))
+        # a decimal comma is refused later, but it must not be taken for a separator here
+        points = [cell.replace(",", ".") if delimiter != "," else cell for cell in cells]
+        numbers = sum(map(is_number, points)) / max(1, len(cells))
         score = agreeing / len(rows) * (numbers + 0.01)
         if score > best_score:
             best, best_score = delimiter, score
@@ -264,27 +267,42 @@ def _read(dialect: Dialect, positions: Sequence[int]) -> Numbers:
 def _read_slowly(dialect: Dialect, positions: Sequence[int]) -> Numbers:
     """The same, cell by cell, with the line and column of what is no number."""
     width = len(dialect.names)
+    every = list(positions) == list(range(width))
     numbers = array.array("d")
     for line, cells in dialect.rows(dialect.skip):
         if len(cells) != width:
             raise DataError(_ragged(dialect, line, cells))
-        for position in positions:
-            cell = cells[position]
-            if is_number(cell):
-                numbers.append(float(cell))
-            elif cell.lower() in MISSING:
-                numbers.append(np.nan)
-            else:
-                raise DataError(_text(dialect, line, position, cells))
+        chosen = cells if every else [cells[position] for position in positions]
+        try:
+            # most rows are clean; Python alone would read 1_000 as a number
+            row = list(map(float, chosen))
+            clean = "_" not in "".join(chosen)
+        except ValueError:
+            clean = False
+        numbers.extend(row if clean else _gaps(dialect, line, cells, positions))
     return np.frombuffer(numbers, dtype=np.float64).reshape(-1, len(positions)).copy()
+
+
+def _gaps(
+    dialect: Dialect, line: int, cells: Sequence[str], positions: Sequence[int]
+) -> Iterator[float]:
+    """The chosen numbers of a row in which something is missing or is no number."""
+    cells = [cell.strip() for cell in cells]
+    for position in positions:
+        if is_number(cells[position]):
+            yield float(cells[position])
+        elif cells[position].lower() in MISSING:
+            yield np.nan
+        else:
+            raise DataError(_text(dialect, line, position, cells))
 
 
 def _ragged(dialect: Dialect, line: int, cells: Sequence[str]) -> str:
     expected = "its names" if dialect.named else "the first row"
-    plural = "" if len(cells) == 1 else "s"
+    width = len(dialect.names)
     return (
-        f"{dialect.path}, line {line}: {len(cells)} cell{plural}, but {expected} "
-        f"say{'' if dialect.named else 's'} {len(dialect.names)} columns; "
+        f"{dialect.path}, line {line}: {len(cells)} cell{'s' * (len(cells) != 1)}, but {expected} "
+        f"say{'s' * (not dialect.named)} {width} column{'s' * (width != 1)}; "
         "every row needs one cell per column (empty where a value is missing)"
     )
 
@@ -307,4 +325,4 @@ def _text(dialect: Dialect, line: int, position: int, cells: Sequence[str]) -> s
 def _place(dialect: Dialect, row: int, position: int) -> tuple[str, str]:
     """The line of the ``row``-th row of numbers, and one cell of it."""
     line, cells = next(itertools.islice(dialect.rows(dialect.skip), row, None))
-    return f"line {line}", cells[position]
+    return f"line {line}", cells[position].strip()

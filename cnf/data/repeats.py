@@ -79,6 +79,7 @@ def _look(column: Numbers, index: int, name: str, eps: float) -> Repeats | None:
     rounding = 0.0 if whole else 8 * eps * float(np.abs(distinct[[0, -1]]).max())
     gaps = np.diff(distinct)
     step = float(gaps[gaps > rounding].min(initial=distinct[-1] - distinct[0]))
+    step = float(f"{step:.12g}")  # 0.1, not 0.09999999999999987
     if whole:
         return Repeats(index, name, step, "whole numbers")
     repeated = 1 - len(distinct) / rows

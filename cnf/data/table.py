@@ -262,9 +262,9 @@ def _complete(
     shown = f" ({cell!r})" if cell else ""
     raise DataError(
         f"{source.path}, {where}, {source.title(positions[column])}: the value is {kind}{shown}. "
-        f"{_count(int((~whole).sum()), 'row')} of {len(values)} lack a finite value: leave them "
-        "out with --drop-missing (drop_missing=True), or choose columns without gaps with "
-        "--columns (columns=…)"
+        f"Rows with such a value: {(~whole).sum()} of {len(values)}. Leave them out with "
+        "--drop-missing (drop_missing=True), or choose columns without gaps with --columns "
+        "(columns=…)"
     )
 
 
