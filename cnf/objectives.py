@@ -1,0 +1,162 @@
+"""What to minimise: modules that own a flow and turn a batch into a loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cnf.registry import unknown_name
+from cnf.transforms.base import Request
+
+if TYPE_CHECKING:
+    from cnf.costs import Cost
+    from cnf.divergence import Divergence
+    from cnf.flow import Flow
+
+
+class Batch(NamedTuple):
+    """Rows to learn from.
+
+    Attributes:
+        x: data, ``(rows, *event)``.
+        context: what the flow is conditioned on, ``(rows, context_features)``, or None.
+        weight: non-negative weights of the rows, ``(rows,)``; only their ratios matter.
+    """
+
+    x: Tensor
+    context: Tensor | None = None
+    weight: Tensor | None = None
+
+
+class Loss(NamedTuple):
+    """What an objective returns.
+
+    Attributes:
+        total: the scalar to minimise.
+        terms: its parts before weighting, detached scalars, for people to read.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+class Objective(nn.Module, ABC):
+    """A loss of a flow; calling it on a batch returns a :class:`Loss`.
+
+    Attributes:
+        flow: the flow that is trained. An objective may have parameters of its own beside it.
+    """
+
+    flow: Flow
+
+    def __init__(self, flow: Flow):
+        super().__init__()
+        self.flow = flow
+
+    @abstractmethod
+    def forward(
+        self, batch: Batch, *, generator: torch.Generator | None = None, progress: float = 0.0
+    ) -> Loss:
+        """The loss of one batch.
+
+        Args:
+            batch: the rows.
+            generator: where noise comes from, on the flow's device; None means torch's global one.
+            progress: the fraction of the training budget that is spent, for schedules.
+        """
+
+
+class MaximumLikelihood(Objective):
+    """Minus the mean log-likelihood in nats, plus weighted integrals along the path.
+
+    ``total = Σᵢ wᵢ (−log p(xᵢ | cᵢ) + Σ_cost weight(progress) · costᵢ) / Σᵢ wᵢ``.
+
+    Args:
+        flow: the flow to train.
+        divergence: the trace estimator to train a continuous flow with, for instance
+            ``Hutchinson()`` as in FFJORD; None means the model's own.
+        costs: path costs with their weights; a weight is a number or a function of the fraction of
+            the training budget that is spent. RNODE (Finlay et al. 2020, arXiv:2002.02798) is
+            ``{KineticEnergy(): 0.01, JacobianNorm(): 0.01}``.
+        end_time_spread: STEER (Ghosh et al. 2020, arXiv:2006.10711): each batch runs the clock of
+            continuous flows faster or slower by a factor uniform in ``1 ± end_time_spread``.
+
+    Example:
+        >>> import cnf
+        >>> flow = cnf.realnvp(2)
+        >>> loss = cnf.MaximumLikelihood(flow)(Batch(torch.zeros(4, 2)))
+        >>> bool(torch.isclose(loss.total, -flow.log_prob(torch.zeros(2))))
+        True
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        *,
+        divergence: Divergence | None = None,
+        costs: Mapping[Cost, float | Callable[[float], float]] | None = None,
+        end_time_spread: float = 0.0,
+    ):
+        super().__init__(flow)
+        if not 0.0 <= end_time_spread < 1.0:
+            raise ValueError(
+                f"end_time_spread must lie in [0, 1), got {end_time_spread}: at 1 the flow could "
+                "be asked to run for no time at all"
+            )
+        self.divergence = divergence
+        self.costs = dict(costs or {})
+        self.end_time_spread = end_time_spread
+
+    def forward(
+        self, batch: Batch, *, generator: torch.Generator | None = None, progress: float = 0.0
+    ) -> Loss:
+        """The loss of one batch; ``terms`` holds ``"nll"`` and the mean of each cost, by name."""
+        request = Request(
+            divergence=self.divergence,
+            costs=tuple(self.costs),
+            generator=generator,
+            clock=self._clock(generator),
+        )
+        found = self.flow.evaluate(batch.x, batch.context, request)
+        total = -_mean(found.log_prob, batch.weight)
+        terms = {"nll": total.detach()}
+        for cost, weight in self.costs.items():
+            if cost.name not in found.costs:  # a discrete flow has no path to integrate along
+                continue
+            mean = _mean(found.costs[cost.name], batch.weight)
+            total = total + (weight(progress) if callable(weight) else weight) * mean
+            terms[cost.name] = mean.detach()
+        return Loss(total, terms)
+
+    def _clock(self, generator: torch.Generator | None) -> float:
+        if self.end_time_spread == 0.0:
+            return 1.0
+        device = "cpu" if generator is None else generator.device
+        uniform = torch.rand((), generator=generator, device=device).item()
+        return 1.0 + self.end_time_spread * (2.0 * uniform - 1.0)
+
+
+def _mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    """The mean over the batch, weighted if weights are given."""
+    return values.mean() if weight is None else (values * weight).sum() / weight.sum()
+
+
+#: Builders of objectives by the name that ``fit(objective=…)`` takes; each is given the flow.
+OBJECTIVES: dict[str, Callable[[Flow], Objective]] = {
+    "likelihood": MaximumLikelihood,
+}
+
+
+def build_objective(name: str, flow: Flow) -> Objective:
+    """The objective of that name for a flow.
+
+    Raises:
+        UnknownNameError: if there is none; the message lists the names.
+    """
+    if name not in OBJECTIVES:
+        raise unknown_name("objective", name, OBJECTIVES)
+    return OBJECTIVES[name](flow)

@@ -1,0 +1,104 @@
+"""The latest state of a run in one file: safetensors, with JSON in its header for the rest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cnf.files import write_whole
+
+NAME = "checkpoint.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: damaged, or of another flow or run."""
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write the checkpoint of a run, whole or not at all."""
+    # cloned, because safetensors refuses tensors that share memory
+    own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    with write_whole(folder / NAME) as path:
+        save_file(own, path, {"state": json.dumps(state, allow_nan=False)})
+
+
+def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The checkpoint in a folder as (tensors, state), or None if there is none.
+
+    Raises:
+        CheckpointError: if the file is no checkpoint of ours.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads((file.metadata() or {})["state"])
+            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of a fit ({error}); remove it, or choose another folder"
+        ) from error
+
+
+def pack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under a common prefix.
+
+    >>> list(pack("model", {"weight": torch.zeros(1)}))
+    ['model/weight']
+    """
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def unpack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo ``pack``: the tensors under a prefix, without it."""
+    start = f"{prefix}/"
+    return {name[len(start) :]: t for name, t in tensors.items() if name.startswith(start)}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The running moments of an optimizer by ``parameter number.name``."""
+    states = optimizer.state_dict()["state"]
+    return {
+        f"{number}.{name}": torch.as_tensor(value)
+        for number, moments in states.items()
+        for name, value in moments.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put moments written by ``optimizer_tensors`` back."""
+    whole = optimizer.state_dict()
+    whole["state"] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        whole["state"].setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict(whole)
+
+
+def check_same(what: str, expected: Any, found: Any) -> None:
+    """Refuse to continue a run with something else than it began with."""
+    if expected != found:
+        raise CheckpointError(
+            f"the checkpoint was made with another {what}: it has {found!r}, this fit has "
+            f"{expected!r}; call fit as it was called before, or with resume=False"
+        )
+
+
+def signature(parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names, shapes and dtypes of a module's tensors: what tells one flow from another.
+
+    >>> signature([("weight", torch.zeros(2, 3))])
+    ['weight float32 2x3']
+    """
+    return [
+        f"{name} {str(tensor.dtype).removeprefix('torch.')} {'x'.join(map(str, tensor.shape))}"
+        for name, tensor in parameters
+    ]
