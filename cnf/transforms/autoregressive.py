@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from cnf.bijections import ScalarMap
+from cnf.nets import MADE
 from cnf.transforms.base import Mapped, Request, Transform
-
-if TYPE_CHECKING:
-    from cnf.bijections import ScalarMap
-    from cnf.nets import MADE
 
 
 class Autoregressive(Transform):

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
+from cnf.bijections import ScalarMap
 from cnf.transforms.base import Mapped, Request, Transform
-
-if TYPE_CHECKING:
-    from cnf.bijections import ScalarMap
 
 
 def half_mask(features: int, flip: bool = False) -> Tensor:
