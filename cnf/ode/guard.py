@@ -1,0 +1,262 @@
+"""The guard around the velocity: counts work, checks each step, and names what goes wrong.
+
+torchdiffeq guards itself with ``assert``, which ``python -O`` removes, and its fixed-grid methods
+not at all; its callbacks tell of every step, forward and backward, and the guard listens to them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from cnf.ode.errors import (
+    NonFiniteState,
+    SolverError,
+    StepUnderflow,
+    TooManySteps,
+    UntrackedTensor,
+)
+from cnf.ode.recorder import Stats, current_recorders
+from cnf.ode.solver import ADAPTIVE, SCIPY, Solver
+
+State = tuple[Tensor, ...]
+Rhs = Callable[[Tensor, State], State]
+Norm = Callable[[Tensor], Tensor]
+
+# stands for NaN and infinity in error norms: large enough to shrink a step as fast as the method
+# allows, small enough that the first step, chosen from its square, does not vanish in float32
+_HUGE = 1e20
+
+
+class Watch:
+    """What is known of the pass that is under way: its work, and where it stands."""
+
+    def __init__(self, solver: Solver, times: Sequence[float], resolution: float, name: str):
+        self.solver = solver
+        self.name = name
+        self.sign = 1.0 if times[-1] > times[0] else -1.0
+        self.floor = solver.min_step or resolution * max(abs(times[0]), abs(times[-1]))
+        self.recorders = current_recorders()
+        self.velocity: Tensor | None = None
+        self.stopped_at: tuple[float, Tensor | State] = (times[0], ())
+        self.begin("forward", solver.method in ADAPTIVE, solver.method == SCIPY)
+
+    def begin(self, direction: str, adaptive: bool, every_evaluation: bool = False) -> None:
+        """Start to count a pass anew: one that chooses its steps, or tells nothing of them."""
+        self.direction = direction
+        self.adaptive = adaptive
+        self.every_evaluation = every_evaluation
+        self.nfe = self.accepted = self.rejected = self.steps = 0
+        self.settled = True
+
+    def finish(self) -> Stats:
+        """End the pass: tell the recorders, let go of tensors."""
+        stats = Stats(self.nfe, self.accepted, self.rejected)
+        self.velocity = None
+        self.stopped_at = (0.0, ())
+        for recorder in self.recorders:
+            recorder.report(stats, self.direction, self.name)
+        return stats
+
+    def evaluated(self, t: Tensor, velocity: Tensor) -> None:
+        """Check one evaluation: only for methods that tell nothing of their steps."""
+        if not finite(velocity):
+            self.fail(NonFiniteState, "the velocity is not finite", float(t))
+        if self.nfe > 10 * self.solver.max_steps:
+            what = f"{SCIPY} used ten evaluations for each of max_steps={self.solver.max_steps}"
+            self.fail(TooManySteps, what, float(t))
+
+    def step(self, t0: Tensor | float, state: Tensor | State, dt: Tensor | float) -> None:
+        """Check what a step starts from, before it is taken."""
+        size = float(dt)
+        # in a backward pass torchdiffeq counts time in the direction of the forward pass
+        time = float(t0) * (self.sign if self.direction == "backward" else 1.0)
+        if self.settled and not finite(state):
+            self.fail(NonFiniteState, "the state is not finite", time, size)
+        stuck = not math.isfinite(size) or time + size == time
+        if self.adaptive and (stuck or (size < self.floor and not self.settled)):
+            self.stopped_at = (time, state)
+            if self.velocity is not None and not finite(self.velocity):
+                self.fail(NonFiniteState, "the velocity is not finite", time, size)
+            self.fail(StepUnderflow, "the step became too small to go on", time, size)
+        self.steps += 1
+        if self.steps > self.solver.max_steps:
+            what = f"more than max_steps={self.solver.max_steps} steps"
+            self.fail(TooManySteps, what, time, size)
+        if not self.adaptive:
+            self.accepted += 1
+
+    def accept(self, t0: Tensor | float, state: Tensor | State, dt: Tensor | float) -> None:
+        """Count an accepted step; the state after it is checked when the next one starts."""
+        self.accepted += 1
+        self.settled = True
+
+    def reject(self, t0: Tensor | float, state: Tensor | State, dt: Tensor | float) -> None:
+        """Count a rejected step."""
+        self.rejected += 1
+        self.settled = False
+
+    def arrived(self, tensors: Tensor | Iterable[Tensor], time: float, what: str) -> None:
+        """Check what a pass ends with."""
+        if not finite(tensors):
+            self.fail(NonFiniteState, f"{what} not finite", time)
+
+    def fail(
+        self,
+        kind: type[SolverError],
+        what: str,
+        time: float,
+        step: float | None = None,
+    ) -> NoReturn:
+        """Raise a named error that says where this pass stands."""
+        if self.name:
+            what = f"block {self.name!r}: {what}"
+        raise kind(what, time, step, self.nfe, self.direction)
+
+
+class Velocity:
+    """The right-hand side on one flat vector, as torchdiffeq and the stepper call it.
+
+    It carries the watch's callbacks under the names that torchdiffeq looks for, those that the
+    methods of both passes support.
+    """
+
+    def __init__(
+        self,
+        rhs: Rhs,
+        shapes: Sequence[torch.Size],
+        dtype: torch.dtype,
+        watch: Watch,
+        tracked: Sequence[Tensor],
+    ):
+        self.rhs = rhs
+        self.shapes = shapes
+        self.sizes = [shape.numel() for shape in shapes]
+        self.dtype = dtype
+        self.watch = watch
+        self.tracked = tracked
+        self.unchecked = self.untraced = True
+        solver = watch.solver
+        listeners = {
+            "callback_step": watch.step,
+            "callback_accept_step": watch.accept,
+            "callback_reject_step": watch.reject,
+        }
+        for method, suffix in ((solver.method, ""), (solver.backward_method, "_adjoint")):
+            told = listeners if method in ADAPTIVE else {"callback_step": watch.step}
+            for name, listener in ({} if method == SCIPY else told).items():
+                setattr(self, name + suffix, listener)
+
+    def __call__(self, t: Tensor, flat: Tensor) -> Tensor:
+        """dy/dt, ``(size,)``."""
+        watch = self.watch
+        watch.nfe += 1
+        parts = self.rhs(t, self.split(flat))
+        if self.unchecked:
+            self._check_shapes(parts)
+        if len(parts) == 1:
+            velocity = parts[0].reshape(-1)
+        else:
+            velocity = torch.cat([part.reshape(-1) for part in parts])
+        watch.velocity = velocity
+        if watch.every_evaluation:
+            watch.evaluated(t, velocity)
+        if self.untraced and watch.direction == "backward":
+            self._check_tracked(t, flat, velocity)
+        return velocity
+
+    def split(self, flat: Tensor) -> State:
+        """The parts of the state in a flat vector, or in several: ``(*times, size)``."""
+        pieces = flat.split(self.sizes, dim=-1) if len(self.sizes) > 1 else (flat,)
+        ahead = flat.shape[:-1]
+        return tuple(
+            piece.view(ahead + shape) for piece, shape in zip(pieces, self.shapes, strict=True)
+        )
+
+    def _check_shapes(self, parts: State) -> None:
+        self.unchecked = False
+        came = [tuple(part.shape) for part in parts]
+        if came != [tuple(shape) for shape in self.shapes]:
+            raise ValueError(
+                f"the velocity must have the shapes of the state, {[*map(tuple, self.shapes)]}, "
+                f"and has {came}"
+            )
+        if any(part.dtype != self.dtype for part in parts):
+            raise TypeError(
+                f"the velocity must have the state's dtype {self.dtype}, and has "
+                f"{[part.dtype for part in parts]}; move the field to it, e.g. flow.to(dtype)"
+            )
+
+    def _check_tracked(self, t: Tensor, flat: Tensor, velocity: Tensor) -> None:
+        self.untraced = False
+        known = [t, flat, *self.tracked]
+        # leaves are told by identity; others by the place where their graph was entered
+        leaves = {id(tensor) for tensor in known}
+        seen: set[tuple[Any, int]] = {
+            (tensor.grad_fn, tensor.output_nr) for tensor in known if tensor.grad_fn
+        }
+        pending: list[tuple[Any, int]] = [(velocity.grad_fn, velocity.output_nr)]
+        while pending:
+            edge = pending.pop()
+            if edge[0] is None or edge in seen:
+                continue
+            seen.add(edge)
+            variable = getattr(edge[0], "variable", None)  # only the nodes of leaves have one
+            if variable is not None and id(variable) not in leaves:
+                raise UntrackedTensor(tuple(variable.shape), self.watch.solver.gradient)
+            pending.extend(edge[0].next_functions)
+
+
+def error_norm(
+    shapes: Sequence[torch.Size], kind: str, in_norm: Sequence[bool], batch: torch.Size
+) -> Norm:
+    """The norm of a flat error: the largest over the parts of the state that count.
+
+    Each part enters with the root mean square of its entries, over the batch or over each sample.
+    NaN and infinity count as a very large error, so that the step shrinks and is tried again:
+    a comparison with NaN would let them pass.
+    """
+    sizes = [shape.numel() for shape in shapes]
+    counted = [i for i, counts in enumerate(in_norm) if counts and sizes[i]]
+    views: dict[int, tuple[torch.Size, tuple[int, ...]]] = {}
+    scales = {i: 1 / math.sqrt(sizes[i]) for i in counted}
+    if kind == "sample":
+        for i in counted:
+            shape, rank = shapes[i], len(batch)
+            # several estimates of one number per sample stand ahead of the batch
+            ahead = 0 if shape[:rank] == batch else len(shape) - rank
+            rest = tuple(a for a in range(len(shape)) if not ahead <= a < ahead + rank)
+            views[i] = (shape, rest)
+            scales[i] = 1 / math.sqrt(math.prod(shape[axis] for axis in rest))
+
+    def norm(flat: Tensor) -> Tensor:
+        # detached: the choice of a step is not differentiated
+        pieces = flat.detach().split(sizes)
+        norms = []
+        for i in counted:
+            if i not in views:
+                norms.append(scales[i] * torch.linalg.vector_norm(pieces[i]))
+                continue
+            shape, rest = views[i]
+            piece = pieces[i].view(shape)
+            sums = torch.linalg.vector_norm(piece, dim=rest) if rest else piece.abs()
+            norms.append(scales[i] * sums.amax())
+        largest = norms[0] if len(norms) == 1 else torch.stack(norms).amax()
+        return largest.nan_to_num(nan=_HUGE, posinf=_HUGE)
+
+    return norm
+
+
+def finite(tensors: Tensor | Iterable[Tensor]) -> bool:
+    """Whether every entry of every tensor is a number, at the price of one reduction each."""
+    parts = [tensors] if isinstance(tensors, Tensor) else tensors
+    # the largest magnitude of a tensor is NaN or infinite if any entry is: one pass, one read
+    norms = [torch.linalg.vector_norm(part.detach(), math.inf) for part in parts if part.numel()]
+    if not norms:
+        return True
+    largest = norms[0] if len(norms) == 1 else torch.stack(norms).sum()
+    return math.isfinite(float(largest))

@@ -1,0 +1,384 @@
+"""``integrate``: an initial value problem, its gradient, and what both cost."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint, odeint_adjoint
+
+from cnf.ode import stepper
+from cnf.ode.errors import (
+    NonFiniteState,
+    SecondOrderGradient,
+    SolverError,
+    SolverWarning,
+    StepUnderflow,
+    TooManySteps,
+)
+from cnf.ode.guard import Norm, Rhs, State, Velocity, Watch, error_norm, finite
+from cnf.ode.recorder import Stats
+from cnf.ode.solver import ADAPTIVE, FIXED, MULTISTEP, SCIPY, Solver
+
+
+def integrate(
+    rhs: Rhs,
+    state: State,
+    times: Tensor,
+    solver: Solver,
+    parameters: Sequence[Tensor] = (),
+    *,
+    in_norm: Sequence[bool] | None = None,
+    batch: Sequence[int] | None = None,
+    name: str = "",
+) -> tuple[State, Stats]:
+    """Solve dy/dt = rhs(t, y), y(times[0]) = state.
+
+    Args:
+        rhs: the right-hand side, from a time (a scalar tensor) and a tuple of tensors to a tuple
+            of tensors of the same shapes.
+        state: the initial state, a tuple of tensors of any shapes, one dtype and one device.
+        times: where the solution is wanted, ``(times,)``, increasing or decreasing; the first is
+            where the state is given. Equal times return the state.
+        solver: how to integrate, and how to differentiate.
+        parameters: all tensors besides the state that need a gradient under
+            ``gradient="adjoint"`` and ``"checkpoint"``: the field's parameters, the context, the
+            clock; leaves or not. What is left out and used is refused in the backward pass.
+        in_norm: which parts of the state steer the step size; None means all of them.
+        batch: the batch shape that the parts have in common, which ``norm="sample"`` goes by;
+            None means the shape of the part with the fewest axes.
+        name: what recorders and errors call this solve.
+
+    Returns:
+        The solution at ``times``, each part ``(times, *shape)``, and the work of the forward pass.
+
+    Raises:
+        SolverError: when the solve cannot reach its end; its kinds say why. Gradients raise it
+            from the backward pass too.
+        SecondOrderGradient: from the backward pass, when ``create_graph=True`` asks a mode for
+            second derivatives that it does not have.
+        UntrackedTensor: from the backward pass, when the velocity uses what was not declared.
+
+    Example:
+        >>> import torch
+        >>> from cnf.ode import Solver, integrate
+        >>> decay = lambda t, state: (-state[0],)
+        >>> (y,), stats = integrate(decay, (torch.ones(2),), torch.tensor([0.0, 1.0]), Solver())
+        >>> y.shape, bool((y[1] - torch.exp(torch.tensor(-1.0))).abs().max() < 1e-5)
+        (torch.Size([2, 2]), True)
+    """
+    shapes = _check_state(state)
+    points = _check_times(times, solver)
+    tracked = tuple(parameter for parameter in parameters if parameter.requires_grad)
+    counted = [True] * len(state) if in_norm is None else list(in_norm)
+    if len(counted) != len(state) or not any(counted):
+        raise ValueError(
+            f"in_norm must have one entry for each of the {len(state)} parts of the state, at "
+            f"least one of them true; got {in_norm}"
+        )
+    batch = min(shapes, key=len) if batch is None else torch.Size(batch)
+    norm = error_norm(shapes, solver.norm, counted, batch)
+    problem = Problem(rhs, shapes, points, times, state[0], solver, tracked, norm, name)
+    if points[0] == points[-1] or not any(shape.numel() for shape in shapes):
+        return _at_rest(state, len(points), tracked), problem.watch.finish()
+    flat = torch.cat([part.reshape(-1) for part in state])
+    try:
+        solution, stats = problem.solve(flat)
+    except (StepUnderflow, TooManySteps) as error:
+        if solver.fallback is None:
+            raise
+        solution, stats = problem.falling_back(error).solve(flat)
+    return problem.velocity.split(solution), stats
+
+
+class Problem:
+    """An initial value problem on flat vectors, with everything that its passes share."""
+
+    def __init__(
+        self,
+        rhs: Rhs,
+        shapes: Sequence[torch.Size],
+        points: list[float],
+        times: Tensor,
+        like: Tensor,
+        solver: Solver,
+        tracked: tuple[Tensor, ...],
+        norm: Norm,
+        name: str,
+    ):
+        self.points = points
+        self.times = times.detach().to(like.device)
+        self.solver = solver
+        self.tracked = tracked
+        self.norm = norm
+        self.watch = Watch(solver, points, torch.finfo(like.dtype).eps, name)
+        self.velocity = Velocity(rhs, shapes, like.dtype, self.watch, tracked)
+
+    def solve(self, flat: Tensor) -> tuple[Tensor, Stats]:
+        """The solution, ``(times, size)``, and the work of the forward pass."""
+        watch, solver = self.watch, self.solver
+        watch.begin("forward", solver.method in ADAPTIVE, solver.method == SCIPY)
+        try:
+            self._check_grid(solver.method)
+            solution = self._forward(flat)
+            watch.arrived(solution, self.points[-1], "the solution is")
+        finally:
+            stats = watch.finish()
+        return solution, stats
+
+    def _forward(self, flat: Tensor) -> Tensor:
+        mode = self.solver.gradient
+        if mode == "backprop":
+            return self.odeint(flat)
+        if not (torch.is_grad_enabled() and (flat.requires_grad or self.tracked)):
+            with torch.no_grad():
+                return self.walk(flat).solution if mode == "checkpoint" else self.odeint(flat)
+        function = _Checkpointed if mode == "checkpoint" else _Adjoint
+        return function.apply(self, flat, *self.tracked)
+
+    def odeint(self, flat: Tensor) -> Tensor:
+        """The solution by torchdiffeq, differentiable as plain code is."""
+        solver = self.solver
+        return self._finished(
+            odeint(
+                self.velocity,
+                flat,
+                self.times,
+                rtol=solver.rtol,
+                atol=solver.atol,
+                method=solver.method,
+                options={**self._options(solver.method, solver.options), "norm": self.norm},
+            )
+        )
+
+    def odeint_adjoint(self, flat: Tensor) -> Tensor:
+        """The solution by torchdiffeq, differentiable by the adjoint."""
+        solver, backward = self.solver, self.solver.backward_method
+        adjoint_options = self._options(backward, solver.backward_options, backward=True)
+        if solver.seminorm:
+            adjoint_options["norm"] = "seminorm"
+        return self._finished(
+            odeint_adjoint(
+                self.velocity,
+                flat,
+                self.times,
+                rtol=solver.rtol,
+                atol=solver.atol,
+                method=solver.method,
+                options={**self._options(solver.method, solver.options), "norm": self.norm},
+                adjoint_rtol=solver.adjoint_rtol,
+                adjoint_atol=solver.adjoint_atol,
+                adjoint_method=backward,
+                adjoint_options=adjoint_options,
+                adjoint_params=self.tracked,
+            )
+        )
+
+    def walk(self, flat: Tensor) -> stepper.Path:
+        """The solution by our own stepper, and the way there."""
+        return stepper.walk(self.velocity, flat, self.points, self.solver, self.norm, self.watch)
+
+    def differentiate(
+        self, start: Tensor, solution: Tensor, gradient: Tensor
+    ) -> Sequence[Tensor | None]:
+        """The adjoint's gradients of ``start`` and of the tracked tensors."""
+        watch, method = self.watch, self.solver.backward_method
+        watch.begin("backward", method in ADAPTIVE, method == SCIPY)
+        try:
+            self._check_grid(method)
+            grads = torch.autograd.grad(
+                # retained, so that the user may go backward twice
+                solution, (start, *self.tracked), gradient, allow_unused=True, retain_graph=True
+            )  # fmt: skip
+            watch.arrived([g for g in grads if g is not None], self.points[0], "the gradient is")
+            return grads
+        except (StepUnderflow, TooManySteps) as error:
+            self._blame_gradient(error)
+            if self.solver.fallback is None:
+                raise
+            fixed = self.falling_back(error)
+        finally:
+            watch.finish()
+        fixed.watch.begin("backward", adaptive=False)
+        with torch.enable_grad():
+            solution = fixed.odeint_adjoint(start)
+        fixed.watch.finish()
+        return fixed.differentiate(start, solution, gradient)
+
+    def differentiate_walk(
+        self, path: stepper.Path, gradient: Tensor
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The gradients of the initial state and of the tracked tensors, step by step."""
+        watch = self.watch
+        watch.begin("backward", adaptive=False)
+        try:
+            start, grads = stepper.walk_back(
+                self.velocity, path, gradient, self.tracked, self.solver, watch
+            )
+            found = [start, *[grad for grad in grads if grad is not None]]
+            watch.arrived(found, self.points[0], "the gradient is")
+        finally:
+            watch.finish()
+        return start, grads
+
+    def falling_back(self, error: SolverError) -> Problem:
+        """The same problem on the fallback's grid, with a warning that says why."""
+        solver = self.solver.on_fallback(abs(self.points[-1] - self.points[0]))
+        warnings.warn(
+            f"{error.what} ({error.direction} pass, t = {error.time}); falling back to "
+            f"{self.solver.fallback_steps} steps of {solver.method}",
+            SolverWarning,
+            stacklevel=3,
+        )
+        velocity = self.velocity
+        return Problem(
+            velocity.rhs,
+            velocity.shapes,
+            self.points,
+            self.times,
+            self.times.new_empty(0, dtype=velocity.dtype),
+            solver,
+            self.tracked,
+            self.norm,
+            self.watch.name,
+        )
+
+    def _finished(self, solution: Tensor) -> Tensor:
+        if len(solution) < len(self.points):
+            # scipy returns what it has when it gives up
+            self.watch.fail(StepUnderflow, f"{SCIPY} gave up", self.points[len(solution)])
+        return solution
+
+    def _options(
+        self, method: str, options: Mapping[str, Any], backward: bool = False
+    ) -> dict[str, Any]:
+        options = dict(options)
+        if method in FIXED:
+            size = stepper.step_size(self.solver, self.points)
+            options["grid_constructor"] = lambda func, y, times: times.new_tensor(
+                stepper.grid(times.tolist(), size)
+            )
+        if method in ADAPTIVE:
+            # without a step to land on, the field would be evaluated beyond the last time, and
+            # the end interpolated; what interpolation loses is more than dopri8's error
+            every = backward or method == "dopri8"
+            landings = self.points if every else self.points[-1:]
+            # the backward pass counts time in the direction of the forward pass
+            sign = self.watch.sign if backward else 1.0
+            jumps = {sign * t for t in options.get("jump_t", ())}
+            steps = {sign * t for t in (*options.get("step_t", ()), *landings)} - jumps
+            for key, values in (("step_t", steps), ("jump_t", jumps)):
+                if values:
+                    options[key] = torch.tensor(sorted(values), dtype=torch.float64)
+        return options
+
+    def _check_grid(self, method: str) -> None:
+        if method not in FIXED:
+            return
+        count = len(stepper.grid(self.points, stepper.step_size(self.solver, self.points))) - 1
+        if count > self.solver.max_steps:
+            what = f"the grid has {count} steps, more than max_steps={self.solver.max_steps}"
+            self.watch.fail(TooManySteps, what, self.points[0])
+
+    def _blame_gradient(self, error: SolverError) -> None:
+        """Raise ``NonFiniteState`` where the backward pass stopped, if that is the reason."""
+        time, state = self.watch.stopped_at
+        if not isinstance(state, tuple) or not state:
+            return
+        with torch.enable_grad():
+            y = state[1].detach().requires_grad_()
+            velocity = stepper.evaluate(self.velocity, time, y)
+            grads = torch.autograd.grad(
+                velocity, (y, *self.tracked), state[2], allow_unused=True, retain_graph=True
+            )
+        if not finite([grad for grad in grads if grad is not None]):
+            self.watch.fail(NonFiniteState, "the velocity's gradient is not finite", time)
+
+
+class _Adjoint(torch.autograd.Function):
+    """torchdiffeq's adjoint, in a pass that is counted, checked, and repeated where it fails."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, flat: Tensor, *parameters: Tensor) -> Tensor:
+        with torch.enable_grad():
+            ctx.start = flat.detach().requires_grad_()
+            ctx.solution = problem.odeint_adjoint(ctx.start)
+        ctx.problem = problem
+        return ctx.solution.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise SecondOrderGradient("adjoint")
+        return None, *ctx.problem.differentiate(ctx.start, ctx.solution, gradient)
+
+
+class _Checkpointed(torch.autograd.Function):
+    """Steps whose states are kept and whose activations are computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, flat: Tensor, *parameters: Tensor) -> Tensor:
+        path = problem.walk(flat)
+        ctx.problem = problem
+        ctx.steps, ctx.arrivals, ctx.indices = path.steps, path.arrivals, list(path.kept)
+        ctx.save_for_backward(*path.kept.values())
+        return path.solution
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise SecondOrderGradient("checkpoint")
+        kept = dict(zip(ctx.indices, ctx.saved_tensors, strict=True))
+        path = stepper.Path(gradient, ctx.steps, ctx.arrivals, kept)
+        start, grads = ctx.problem.differentiate_walk(path, gradient)
+        return None, start, *grads
+
+
+def _at_rest(state: State, count: int, tracked: Sequence[Tensor]) -> State:
+    # an empty sum of each parameter: zero, and connected, so that its gradient is zero, not None
+    nothing = [parameter.reshape(-1)[:0].sum() for parameter in tracked]
+    return tuple(
+        sum((zero.to(part) for zero in nothing), part.expand(count, *part.shape).clone())
+        for part in state
+    )
+
+
+def _check_state(state: State) -> list[torch.Size]:
+    if isinstance(state, Tensor) or not state:
+        raise TypeError("the state must be a tuple of tensors; wrap a single one as (x,)")
+    dtypes, devices = {part.dtype for part in state}, {part.device for part in state}
+    if len(dtypes) > 1 or len(devices) > 1 or not state[0].is_floating_point():
+        raise TypeError(
+            "the parts of the state must have one floating-point dtype and one device, got "
+            f"{[str(dtype) for dtype in dtypes]} on {[str(device) for device in devices]}"
+        )
+    return [part.shape for part in state]
+
+
+def _check_times(times: Tensor, solver: Solver) -> list[float]:
+    if times.dim() != 1 or not len(times) or not times.is_floating_point():
+        raise ValueError(
+            "times must be a one-dimensional floating-point tensor, got shape "
+            f"{tuple(times.shape)} and dtype {times.dtype}"
+        )
+    if times.requires_grad:
+        raise ValueError(
+            "times cannot require grad; to learn the end time, scale the velocity's clock: "
+            "T v(T t, x) on [0, 1]"
+        )
+    points = times.tolist()
+    gaps = [end - start for start, end in pairwise(points)]
+    still = all(gap == 0 for gap in gaps)
+    steady = all(gap > 0 for gap in gaps) or all(gap < 0 for gap in gaps)
+    if not all(map(math.isfinite, points)) or not (still or steady):
+        raise ValueError(f"times must be finite and increase or decrease throughout, got {points}")
+    if solver.method in MULTISTEP and gaps and max(gaps) - min(gaps) > 1e-4 * abs(sum(gaps)):
+        raise ValueError(
+            f"{solver.method!r} remembers earlier steps and needs evenly spaced times, got {points}"
+        )
+    return points

@@ -1,0 +1,191 @@
+"""``Solver``: how to integrate, as a frozen record."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torchdiffeq._impl.fixed_adams import AdamsBashforthMoulton
+from torchdiffeq._impl.odeint import SOLVERS
+from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
+from torchdiffeq._impl.solvers import FixedGridODESolver
+
+from cnf.registry import record, unknown_name
+
+ADAPTIVE = tuple(
+    name for name, cls in SOLVERS.items() if issubclass(cls, RKAdaptiveStepsizeODESolver)
+)
+FIXED = tuple(name for name, cls in SOLVERS.items() if issubclass(cls, FixedGridODESolver))
+MULTISTEP = tuple(name for name, cls in SOLVERS.items() if issubclass(cls, AdamsBashforthMoulton))
+ONE_STEP = tuple(name for name in FIXED if name not in MULTISTEP)
+SCIPY = "scipy_solver"
+METHODS = tuple(SOLVERS)
+GRADIENTS = ("adjoint", "backprop", "checkpoint")
+NORMS = ("batch", "sample")
+
+_ADAPTIVE_OPTIONS = (
+    "first_step", "max_step", "safety", "ifactor", "dfactor", "step_t", "jump_t",
+)  # fmt: skip
+# what torchdiffeq takes as an option and a solver says with a field of its own
+_SAID_ELSEWHERE = {
+    "min_step": "Solver(min_step=...)",
+    "max_num_steps": "Solver(max_steps=...)",
+    "step_size": "Solver(step_size=...)",
+    "norm": "Solver(norm=...)",
+}
+
+
+def options_of(method: str) -> tuple[str, ...]:
+    """The names of the options that a method takes."""
+    if method in ADAPTIVE:
+        return _ADAPTIVE_OPTIONS
+    if method in MULTISTEP:
+        return ("perturb", "max_order", "max_iters")
+    return ("solver", "max_step") if method == SCIPY else ("perturb",)
+
+
+@record
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """How to integrate an ODE and how to differentiate through it.
+
+    Attributes:
+        method: any torchdiffeq method; ``docs/solvers.md`` lists them.
+        rtol: relative tolerance per step of adaptive methods.
+        atol: absolute tolerance per step.
+        gradient: ``"adjoint"`` solves a second ODE backwards, in constant memory;
+            ``"backprop"`` keeps every operation and has derivatives of any order;
+            ``"checkpoint"`` keeps one state per accepted step and recomputes each step:
+            the gradient of backprop, with one step's activations in memory.
+        adjoint_method: the method of the adjoint's backward pass; None means the same.
+        adjoint_rtol: its relative tolerance; None means the same.
+        adjoint_atol: its absolute tolerance; None means the same.
+        options: what else the method takes, such as ``{"first_step": 0.01}``.
+        adjoint_options: the same for ``adjoint_method``; empty means ``options`` where it applies.
+        seminorm: leave the parameters' gradients out of the backward pass's error norm (Kidger
+            et al., "Hey, that's not an ODE", ICML 2021).
+        norm: ``"batch"`` bounds the root mean square error over the batch; ``"sample"`` bounds
+            that of every sample.
+        step_size: the step of fixed-grid methods; None means a fortieth of the time span. Steps
+            are evenly spaced between two requested times, and always end on them.
+        max_steps: accepted and rejected steps in one pass before ``TooManySteps``;
+            ``scipy_solver``, which does not tell its steps, gets ten evaluations for each.
+        min_step: the step below which ``StepUnderflow`` is raised; None means the resolution of
+            the state's dtype.
+        checkpoints: under ``"checkpoint"``, keep at most so many states and recompute the
+            others; None keeps one per accepted step.
+        fallback: a fixed-grid method that takes over, with a ``SolverWarning``, when a pass ends
+            in ``StepUnderflow`` or ``TooManySteps``; None raises them.
+        fallback_steps: its number of steps.
+
+    Example:
+        >>> Solver("rk4", step_size=0.05, gradient="backprop").method
+        'rk4'
+    """
+
+    method: str = "dopri5"
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    gradient: str = "adjoint"
+    adjoint_method: str | None = None
+    adjoint_rtol: float | None = None
+    adjoint_atol: float | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    adjoint_options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    seminorm: bool = True
+    norm: str = "batch"
+    step_size: float | None = None
+    max_steps: int = 2000
+    min_step: float | None = None
+    checkpoints: int | None = None
+    fallback: str | None = None
+    fallback_steps: int = 40
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", dict(self.options))
+        object.__setattr__(self, "adjoint_options", dict(self.adjoint_options))
+        for kind, name, known in (
+            ("method", self.method, METHODS),
+            ("method", self.adjoint_method, METHODS),
+            ("fixed-grid method", self.fallback, ONE_STEP),
+            ("gradient mode", self.gradient, GRADIENTS),
+            ("error norm", self.norm, NORMS),
+        ):
+            if name is not None and name not in known:
+                raise unknown_name(kind, name, dict.fromkeys(known))
+        for field in ("rtol", "atol", "adjoint_rtol", "adjoint_atol", "step_size", "min_step"):
+            value = getattr(self, field)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{field} must be a positive number, got {value!r}")
+        for field in ("max_steps", "checkpoints", "fallback_steps"):
+            value = getattr(self, field)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{field} must be a positive integer, got {value!r}")
+        _check_options("options", self.options, self.method)
+        _check_options("adjoint_options", self.adjoint_options, self.backward_method)
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        if self.step_size is not None and not {self.method, self.backward_method} & set(FIXED):
+            raise ValueError(
+                f"step_size is for fixed-grid methods ({', '.join(FIXED)}); {self.method!r} "
+                "chooses its steps: set rtol and atol, or options={'max_step': ...}"
+            )
+        if self.gradient == "backprop" and self.method == SCIPY:
+            raise ValueError(
+                f"{SCIPY!r} leaves torch, so nothing can be backpropagated through it; use "
+                "gradient='adjoint'"
+            )
+        if self.gradient == "checkpoint" and self.method in (SCIPY, *MULTISTEP):
+            raise ValueError(
+                f"gradient='checkpoint' recomputes single steps, which {self.method!r} does not "
+                "have; use a Runge-Kutta method, or gradient='adjoint'"
+            )
+        if self.gradient == "checkpoint" and self.options.keys() & {"step_t", "jump_t", "perturb"}:
+            raise ValueError(
+                "gradient='checkpoint' takes none of the options step_t, jump_t and perturb; ask "
+                "integrate for those times, or use gradient='backprop'"
+            )
+        if self.checkpoints is not None and self.gradient != "checkpoint":
+            raise ValueError(
+                f"checkpoints belongs to gradient='checkpoint', and this is {self.gradient!r}"
+            )
+
+    @property
+    def backward_method(self) -> str:
+        """The method of the adjoint's backward pass."""
+        return self.adjoint_method or self.method
+
+    @property
+    def backward_options(self) -> Mapping[str, Any]:
+        """The options of the adjoint's backward pass."""
+        if self.adjoint_options:
+            return self.adjoint_options
+        known = options_of(self.backward_method)
+        return {key: value for key, value in self.options.items() if key in known}
+
+    def on_fallback(self, span: float) -> Solver:
+        """The fixed-grid solver that takes over on a time span of length ``span``."""
+        if self.fallback is None:
+            raise ValueError("this solver has no fallback")
+        return dataclasses.replace(
+            self,
+            method=self.fallback,
+            adjoint_method=None,
+            options={},
+            adjoint_options={},
+            step_size=span / self.fallback_steps,
+            max_steps=max(self.max_steps, 2 * self.fallback_steps),
+            fallback=None,
+        )
+
+
+def _check_options(field: str, options: Mapping[str, Any], method: str) -> None:
+    known = options_of(method)
+    for name in options:
+        if name in _SAID_ELSEWHERE:
+            raise ValueError(f"{field}: say {_SAID_ELSEWHERE[name]} instead of the option {name!r}")
+        if name not in known:
+            raise unknown_name(f"option of {method!r}", name, dict.fromkeys(known))
