@@ -201,10 +201,11 @@ def _delimiter(lines: Sequence[str], path: Path) -> str:
     best, best_score = ("\t" if ".tsv" in suffixes else ","), 0.0
     for delimiter in order:
         rows = [_split(line, delimiter) for line in lines]
-        widths = collections.Counter(map(len, rows))
-        width, agreeing = widths.most_common(1)[0] if widths else (1, 0)
+        widths = collections.Counter(map(len, rows[1:] or rows))
+        width = widths.most_common(1)[0][0] if widths else 1
         if width == 1:
             continue
+        agreeing = sum(len(row) == width for row in rows)
         cells = [cell for row in rows[1:] or rows for cell in row if cell]
         # a decimal comma is refused later, but it must not be taken for a separator here
         points = [cell.replace(",", ".") if delimiter != "," else cell for cell in cells]
