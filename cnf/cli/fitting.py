@@ -1,0 +1,164 @@
+"""Training from the command line: ``cnf compare`` and ``cnf fit``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from cnf.cli.app import (
+    Batch,
+    Columns,
+    ContextColumns,
+    Dequantize,
+    Device,
+    DropMissing,
+    Seconds,
+    Seed,
+    Steps,
+    app,
+    examples,
+    listed,
+    say,
+    usable,
+)
+from cnf.compare import MODELS, compare
+from cnf.objectives import OBJECTIVES
+from cnf.registry import unknown_name
+from cnf.runs import RUN, claim, resolve, write_run
+from cnf.trial import measure, recipe, split, train
+
+
+@app.command(
+    "compare",
+    epilog=examples(
+        "cnf compare pinwheel",
+        "cnf compare checkerboard --models nsf,maf --seconds 20",
+        "cnf compare measurements.csv --columns height,weight --out runs/people",
+    ),
+)
+def compare_command(
+    target: Annotated[
+        str, typer.Argument(help="A 2-D density (see: cnf targets), or a file with a table.")
+    ],
+    models: Annotated[
+        str, typer.Option(metavar="A,B,…", help="Models to compare (see: cnf models).")
+    ] = ",".join(MODELS),
+    seconds: Seconds = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results; default runs/TARGET.")
+    ] = None,
+    device: Device = "cpu",
+    columns: Columns = "",
+    context_columns: ContextColumns = "",
+    drop_missing: DropMissing = False,
+    dequantize: Dequantize = False,
+) -> None:
+    """Compare models on the same data and budget.
+
+    Trains each, tests all on the same points, prints a table, and writes results.json,
+    compare.png and a run folder for each model, which score, sample and plot take. Ctrl-C keeps
+    the models that were finished.
+    """
+    data = resolve(
+        target,
+        columns=listed(columns),
+        context_columns=listed(context_columns),
+        drop_missing=drop_missing,
+        dequantize=dequantize,
+        seed=seed,
+    )
+    folder = out or Path("runs") / Path(target).stem
+    comparison = compare(
+        data,
+        listed(models) or (),
+        seconds=seconds,
+        steps=steps,
+        seed=seed,
+        out=folder,
+        device=usable(device),
+        report=say,
+    )
+    if comparison.rows:
+        typer.echo(f"{comparison}\n")
+    if comparison.interrupted:
+        say(f"interrupted: {len(comparison.rows)} finished models are kept in {folder}")
+        raise typer.Exit(130)
+    typer.echo(f"written: {folder / 'results.json'}, {folder / 'compare.png'}")
+    if not comparison.flows:
+        raise typer.Exit(2)
+
+
+@app.command(
+    "fit",
+    epilog=examples(
+        "cnf fit measurements.csv --model nsf --out runs/nsf",
+        "cnf fit measurements.csv --context-columns dose --seconds 300 --out runs/by-dose",
+        "cnf fit 2spirals --model ffjord --out runs/spirals",
+    ),
+)
+def fit_command(
+    data: Annotated[
+        str, typer.Argument(help="A file with a table, or a 2-D density (see: cnf targets).")
+    ],
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
+    model: Annotated[str, typer.Option(help="The model (see: cnf models).")] = "ffjord",
+    columns: Columns = "",
+    context_columns: ContextColumns = "",
+    drop_missing: DropMissing = False,
+    dequantize: Dequantize = False,
+    seconds: Seconds = None,
+    steps: Steps = None,
+    batch_size: Batch = None,
+    lr: Annotated[float | None, typer.Option(min=1e-12, help="Peak learning rate.")] = None,
+    objective: Annotated[
+        str,
+        typer.Option(metavar="A,B,…", help="Objectives, in turn (default: the model's own)."),
+    ] = "",
+    double: Annotated[
+        bool, typer.Option("--double", help="Compute in double precision (float64).")
+    ] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Fit one model and write a run folder.
+
+    A tenth of the rows is held out: the best weights on them are kept, and their mean is reported.
+    """
+    found = resolve(
+        data,
+        columns=listed(columns),
+        context_columns=listed(context_columns),
+        drop_missing=drop_missing,
+        dequantize=dequantize,
+        seed=seed,
+    )
+    recipe(model)
+    for name in listed(objective) or ():
+        if name not in OBJECTIVES:
+            raise unknown_name("objective", name, OBJECTIVES)
+    parts = split(found, seed=seed, test=False)
+    folder = claim(out, RUN)
+    flow, history = train(
+        model,
+        parts,
+        seconds=seconds,
+        steps=steps,
+        seed=seed,
+        device=usable(device),
+        dtype=torch.float64 if double else torch.float32,
+        batch_size=batch_size,
+        lr=lr,
+        objectives=listed(objective),
+    )
+    row = measure(model, flow, history, parts)
+    write_run(folder, flow, parts.source, history, row.as_dict())
+    typer.echo(row.summary())
+    say(history.summary())
+    typer.echo(f"written: {folder}")
+    if history.stopped == "interrupted":
+        raise typer.Exit(130)
