@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from cnf.nets.time import TIME_LINEAR, Affine, TimeLinear
+from cnf.nets.time import TIME_LAYERS
 from cnf.registry import unknown_name
 
 Activation = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -104,25 +104,18 @@ class TimeMLP(Field):
         context_features: int = 0,
     ):
         super().__init__()
-        if conditioning not in TIME_LINEAR:
-            raise unknown_name("time conditioning", conditioning, TIME_LINEAR)
+        if conditioning not in TIME_LAYERS:
+            raise unknown_name("time conditioning", conditioning, TIME_LAYERS)
         if activation not in SMOOTH:
             raise unknown_name("smooth activation", activation, SMOOTH)
-        sizes = (features, *hidden, features)
-        layer = TIME_LINEAR[conditioning]
-        self.features, self.conditioning, self.activation = features, conditioning, activation
-        self.layers = nn.ModuleList(
-            layer(inputs, outputs, context_features=context_features)
-            for inputs, outputs in zip(sizes, sizes[1:], strict=False)
+        self.features, self.activation = features, activation
+        self.layers = TIME_LAYERS[conditioning](
+            (features, *hidden, features), context_features=context_features
         )
-
-    def _affines(self, t: Tensor, context: Tensor | None) -> list[Affine]:
-        layers: list[TimeLinear] = list(self.layers)  # type: ignore[arg-type]
-        return [layer.at(t, context) for layer in layers]
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The velocity at ``(*batch, features)``."""
-        *inner, last = self._affines(t, context)
+        *inner, last = self.layers.at(t, context)
         activate = SMOOTH[self.activation]
         for affine in inner:
             x, _ = activate(affine.apply(x))
@@ -132,7 +125,7 @@ class TimeMLP(Field):
         self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The velocity and J·u for tangents u of ``(k, *batch, features)``."""
-        *inner, last = self._affines(t, context)
+        *inner, last = self.layers.at(t, context)
         activate = SMOOTH[self.activation]
         for affine in inner:
             x, slope = activate(affine.apply(x))
@@ -141,7 +134,7 @@ class TimeMLP(Field):
 
     def trace(self, t: Tensor, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """The velocity and tr J at one scalar time, without forming J."""
-        *inner, last = self._affines(t, context)
+        *inner, last = self.layers.at(t, context)
         activate = SMOOTH[self.activation]
         slopes = []
         for affine in inner:
@@ -152,7 +145,7 @@ class TimeMLP(Field):
 
     def extra_repr(self) -> str:
         """What distinguishes this field."""
-        return f"activation={self.activation!r}"
+        return f"{self.layers.sizes}, activation={self.activation!r}"
 
 
 def trace_of_product(weights: list[Tensor], slopes: list[Tensor]) -> Tensor:

@@ -93,7 +93,15 @@ class Continuous(Transform):
         times = times.to(z)
         start = torch.cat([times.new_zeros(1), times[times > 0]])
         parameters = self._differentiated(context, clock)
-        (values,), _ = integrate(rhs, (z,), start, self.solver, parameters, name=self.name)
+        (values,), _ = integrate(
+            rhs,
+            (z,),
+            start,
+            self.solver,
+            parameters,
+            batch=z.shape[: z.dim() - event_dims(self.field)],
+            name=self.name,
+        )
         return (start, values) if bool(times[0] == 0) else (start[1:], values[1:])
 
     def _solve(
@@ -120,7 +128,9 @@ class Continuous(Transform):
                 return (clock * self.field(t, x, context),)
             point = divergence(self.field, t, x, context, noise, products)
             at = PathPoint(self.field, t, x, context, point)
-            trace = point.samples if samples and point.samples is not None else point.divergence
+            trace = point.divergence
+            if samples and point.samples is not None:
+                trace = point.samples.movedim(0, -1)
             return (
                 clock * point.velocity,
                 clock * trace,
@@ -129,7 +139,7 @@ class Continuous(Transform):
 
         state = [value]
         if traced:
-            shape = (divergence.estimates, *batch) if samples else batch
+            shape = (*batch, divergence.estimates) if samples else batch
             state += [value.new_zeros(shape), *[value.new_zeros(batch) for _ in request.costs]]
         solution, _ = integrate(
             rhs,
@@ -137,6 +147,9 @@ class Continuous(Transform):
             times,
             request.solver or self.solver,
             self._differentiated(context, clock),
+            # costs are only looked at: they must not change the path
+            in_norm=[True] * (1 + traced) + [False] * len(request.costs),
+            batch=batch,
             name=self.name,
         )
         end, *integrals = [values[-1] for values in solution]
@@ -145,8 +158,8 @@ class Continuous(Transform):
         if request.variance:
             costs["log_det_variance"] = value.new_zeros(batch)
         if samples:
-            costs["log_det_variance"] = log_det.var(0) / log_det.shape[0]
-            log_det = log_det.mean(0)
+            costs["log_det_variance"] = log_det.var(-1) / log_det.shape[-1]
+            log_det = log_det.mean(-1)
         return Mapped(end, log_det, costs)
 
     def _differentiated(self, context: Tensor | None, clock: Tensor) -> tuple[Tensor, ...]:
