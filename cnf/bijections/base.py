@@ -114,6 +114,29 @@ class Inverted(ScalarMap):
         return self.part.forward(x, parameters)
 
 
+class NumericMap(ScalarMap):
+    """A scalar map with a closed form forward and a numeric inverse."""
+
+    @abstractmethod
+    def curve(self, parameters: Tensor) -> Function:
+        """The map from z to (x, log |dx/dz|), with everything computed that z has no part in."""
+
+    def bracket(self, x: Tensor, parameters: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """A z below and one above the root, where they are known."""
+        return None, None
+
+    def forward(self, z: Tensor, parameters: Tensor) -> Pair:
+        """The closed form."""
+        self.check(parameters)
+        return self.curve(parameters)(z)
+
+    def inverse(self, x: Tensor, parameters: Tensor) -> Pair:
+        """Solved by ``invert``."""
+        self.check(parameters)
+        lower, upper = self.bracket(x, parameters)
+        return invert(self.curve(parameters), x, lower=lower, upper=upper)
+
+
 class InversionError(ArithmeticError):
     """An increasing function could not be inverted within the iterations allowed."""
 
@@ -219,7 +242,7 @@ def _search(
         high = torch.where(residual >= 0, z, high)
         step = -residual * torch.exp(-log_derivative.clamp(min=_floor(target.dtype)))
         scale = tolerance * (1 + z.abs())
-        inside = (z + step > low) & (z + step < high)
+        inside = (z + step >= low) & (z + step <= high)
         closed = low.isfinite() & high.isfinite()
         converged = (step.abs() <= scale) | (high - low <= scale) | ~residual.isfinite()
         root = torch.where(done, root, z)

@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.nn.functional import pad, softplus
 
 from cnf.bijections.affine import soft_bound, unit_softplus_offset
-from cnf.bijections.base import Pair, ScalarMap
+from cnf.bijections.base import Pair
+from cnf.bijections.intervals import Spline
 from cnf.registry import record
 
-TAILS = ("linear", "interval", "circular")
 FORMS = ("softplus", "nflows", "zuko")
 
 
 @record
 @dataclasses.dataclass(frozen=True)
-class RationalQuadratic(ScalarMap):
+class RationalQuadratic(Spline):
     """A monotone rational-quadratic spline on [−bound, bound] (Durkan et al. 2019).
 
     In a bin of width w and height h, slope s = h/w, with knot slopes d₀, d₁ and ξ ∈ [0, 1]:
@@ -57,34 +57,15 @@ class RationalQuadratic(ScalarMap):
         tensor([0.5000, 9.0000])
     """
 
-    bins: int = 8
-    bound: float = 5.0
-    tails: str = "linear"
     min_width: float = 1e-3
     min_height: float = 1e-3
     min_slope: float = 1e-3
     form: str = "softplus"
 
     def __post_init__(self) -> None:
-        if self.tails not in TAILS:
-            raise ValueError(f"tails must be one of {', '.join(TAILS)}, got {self.tails!r}")
+        super().__post_init__()
         if self.form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
-        if self.bins < 1 or not self.bound > 0:
-            raise ValueError(
-                f"a spline needs bins >= 1 and bound > 0, got bins={self.bins}, bound={self.bound}"
-            )
-        if not 0 < self.min_slope < 1:
-            raise ValueError(f"min_slope must lie between 0 and 1, got {self.min_slope}")
-        for name in ("min_width", "min_height"):
-            if not 0 < getattr(self, name) * self.bins < 1:
-                raise ValueError(
-                    f"{name} must be positive and below 1/bins = {1 / self.bins:g}, "
-                    f"got {getattr(self, name)}"
-                )
-        if self.tails == "interval":
-            object.__setattr__(self, "domain", (-self.bound, self.bound))
-            object.__setattr__(self, "codomain", (-self.bound, self.bound))
 
     @property
     def size(self) -> int:
@@ -92,38 +73,15 @@ class RationalQuadratic(ScalarMap):
         free = {"linear": -1, "circular": 0, "interval": 1}[self.tails]
         return 3 * self.bins + free
 
-    def forward(self, z: Tensor, parameters: Tensor) -> Pair:
-        """The spline."""
-        return self._map(z, parameters, backward=False)
-
-    def inverse(self, x: Tensor, parameters: Tensor) -> Pair:
-        """The root of a quadratic in each bin, whose discriminant is a sum of squares."""
-        return self._map(x, parameters, backward=True)
-
-    def _map(self, value: Tensor, parameters: Tensor, *, backward: bool) -> Pair:
-        self.check(parameters)
-        bound = self.bound
-        inside = value.abs() <= bound
-        if self.tails == "circular":
-            turns = torch.floor((value.detach() + bound) / (2 * bound)) * (2 * bound)
-            place = (value - turns).clamp(-bound, bound)
-        else:
-            place = value.clamp(-bound, bound)
-        fraction = (place / bound + 1) / 2
+    def _unit(self, fraction: Tensor, parameters: Tensor, *, backward: bool) -> Pair:
         (left, width), (bottom, height), (start, end) = self._bin(
             fraction, parameters, backward=backward
         )
         if backward:
-            mapped, minus = _quadratic_root((fraction - bottom) / height, width, height, start, end)
-            mapped, log_derivative = left + width * mapped, -minus
-        else:
-            mapped, log_derivative = _rational((fraction - left) / width, width, height, start, end)
-            mapped = bottom + height * mapped
-        mapped = bound * (2 * mapped - 1)
-        if self.tails == "circular":
-            return mapped + turns, log_derivative
-        outside = 0.0 if self.tails == "linear" else -math.inf
-        return torch.where(inside, mapped, value), torch.where(inside, log_derivative, outside)
+            xi, log_slope = _quadratic_root((fraction - bottom) / height, width, height, start, end)
+            return left + width * xi, -log_slope
+        share, log_slope = _rational((fraction - left) / width, width, height, start, end)
+        return bottom + height * share, log_slope
 
     def _bin(
         self, fraction: Tensor, parameters: Tensor, *, backward: bool
@@ -133,11 +91,14 @@ class RationalQuadratic(ScalarMap):
         Places and lengths are fractions of the interval.
         """
         bins = self.bins
-        raw = parameters[..., : 2 * bins].unflatten(-1, (2, bins))
-        minimum = raw.new_tensor([[self.min_width], [self.min_height]])
+        raw, slopes = parameters.split([2 * bins, self.size - 2 * bins], -1)
+        raw = raw.unflatten(-1, (2, bins))
         if self.form == "zuko":
             raw = soft_bound(raw, -math.log(self.min_slope) / 2, "softclip")
-            minimum = torch.zeros_like(minimum)
+            minimum = raw.new_zeros(2, 1)
+        else:
+            rows = torch.arange(2, dtype=raw.dtype, device=raw.device).unsqueeze(-1)
+            minimum = self.min_width + rows * (self.min_height - self.min_width)
         # a softmax whose sums and quotients are taken for one bin only
         powers = torch.exp(raw - raw.detach().amax(-1, keepdim=True))
         sums = torch.cumsum(powers, -1)
@@ -154,8 +115,8 @@ class RationalQuadratic(ScalarMap):
         below = (_pick(sums, index, shape) - power) * share
         edges = (below + index * minimum).squeeze(-1).unbind(-1)
         lengths = (power * share + minimum).squeeze(-1).unbind(-1)
-        slopes = self._slopes(parameters[..., 2 * bins :], ends).unbind(-1)
-        return (edges[0], lengths[0]), (edges[1], lengths[1]), slopes
+        start, end = self._slopes(slopes, ends).unbind(-1)
+        return (edges[0], lengths[0]), (edges[1], lengths[1]), (start, end)
 
     def _slopes(self, raw: Tensor, ends: Tensor) -> Tensor:
         """The slopes at the two ends of a bin, ``(*shape, 2)``."""
