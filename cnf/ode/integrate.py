@@ -264,9 +264,9 @@ class Problem:
                 stepper.grid(times.tolist(), size)
             )
         if method in ADAPTIVE:
-            # without a step to land on, the field would be evaluated beyond the last time, and
-            # the end interpolated; what interpolation loses is more than dopri8's error
-            every = backward or method == "dopri8"
+            # without a step to land on, the field would be evaluated beyond the last time; and
+            # only dopri5 interpolates about as well as it steps
+            every = backward or method != "dopri5"
             landings = self.points if every else self.points[-1:]
             # the backward pass counts time in the direction of the forward pass
             sign = self.watch.sign if backward else 1.0
