@@ -55,7 +55,9 @@ def open_npz(path: Path, key: str | None) -> Source:
     if all(a.ndim == 1 for a in arrays.values()) and len({len(a) for a in arrays.values()}) == 1:
         return _from_columns(path, arrays)
     listed = ", ".join(f"{name} {a.shape}" for name, a in arrays.items())
-    raise DataError(f"{path} holds several arrays: {listed}; name one with --key (key=…)")
+    raise DataError(
+        f"{path} holds several arrays: {listed}; name one in table(path, key=…), or save it alone"
+    )
 
 
 def open_parquet(path: Path) -> Source:
