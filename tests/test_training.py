@@ -121,17 +121,17 @@ def interrupt(loss: Loss) -> Loss:
 def test_reaches_the_maximum_of_the_likelihood():
     x = gaussian()
     flow, validation = affine(), gaussian(seed=1)
-    history = fit(flow, x, validation=validation, steps=600, lr=2e-2)
+    history = fit(flow, x, validation=validation, steps=300, lr=4e-2)
     best = torch.distributions.Normal(x.mean(0), x.std(0)).log_prob(validation).sum(-1)
     assert -flow.log_prob(validation).mean().item() == pytest.approx(-best.mean().item(), abs=2e-3)
     assert history.stopped == "steps"
-    assert history.steps == 600
+    assert history.steps == 300
     assert history.skipped == 0
     assert history.nfe is None
     assert history.best_validation == min(nats for _, _, nats in history.validations)
     assert history.validations[0][0] == 0
-    assert history.validations[-1][0] == 600
-    assert history.losses[-1][0] == 600
+    assert history.validations[-1][0] == 300
+    assert history.losses[-1][0] == 300
     assert history.stages == [("likelihood", 0)]
 
 
@@ -140,7 +140,7 @@ def test_context_is_learnt():
     context = torch.randn(3000, 1, generator=generator) * 2 + 1
     x = 3 * context + 0.1 * torch.randn(3000, 1, generator=generator)
     flow = affine(1, 1)
-    fit(flow, x, context=context, steps=600, lr=3e-2)
+    fit(flow, x, context=context, steps=300, lr=6e-2)
     at = torch.tensor([[0.0], [1.0]])
     draws = flow.sample((2000,), at, generator=generator)
     assert draws.mean(0).flatten().tolist() == pytest.approx([0.0, 3.0], abs=0.05)
@@ -237,9 +237,9 @@ def test_seconds_are_kept(steps):
     flow = affine()
     start = time.perf_counter()
     history = fit(flow, gaussian(), objective=Watching(flow), steps=steps, seconds=0.5)
-    assert time.perf_counter() - start < 1.5
+    assert time.perf_counter() - start < 3.0
     assert history.stopped == "seconds"
-    assert history.seconds == pytest.approx(0.5, abs=0.1)
+    assert history.seconds == pytest.approx(0.5, abs=0.3)
     assert rates == sorted(rates)
     assert rates[0] < 0.1
     assert rates[-1] > 0.9
@@ -255,12 +255,12 @@ def test_slow_validation_is_bounded():
     class Slow(Affine):
         def inverse(self, x, context=None, request=None):
             if not torch.is_grad_enabled():
-                time.sleep(0.02)
+                time.sleep(0.03)
             return super().inverse(x, context, request)
 
     flow = Flow(Slow(2), Normal((2,)))
     history = fit(flow, gaussian(), validation=gaussian(5000), seconds=1.0)
-    assert history.seconds == pytest.approx(1.0, abs=0.15)
+    assert history.seconds == pytest.approx(1.0, abs=0.4)
     assert 2 <= len(history.validations) <= 8
 
 

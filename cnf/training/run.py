@@ -144,15 +144,18 @@ class Run:
         history = self.history
         try:
             if stage is None:
+                # before the clock starts: torch's first optimiser takes seconds to import
+                stage = self._stage(0, 0, 0.0)
                 self.clock = Clock()
-                stage = self._begin(0)
+                self._begin(stage)
             while True:
                 history.stopped = self._run(stage)
                 self._write(stage)
                 if stage.index + 1 == len(self.objectives):
                     return history
                 self.flow.load_state_dict(self.best)
-                stage = self._begin(stage.index + 1)
+                stage = self._stage(stage.index + 1, history.steps, self.clock.elapsed())
+                self._begin(stage)
         except KeyboardInterrupt:
             history.stopped = "interrupted"
             if stage is not None:
@@ -164,17 +167,15 @@ class Run:
 
     # ---- stages ----------------------------------------------------------------------------
 
-    def _begin(self, index: int) -> Stage:
-        """The stage of objective ``index``, starting now."""
-        history = self.history
-        history.stages.append((self.objectives[index][0], history.steps))
-        stage = self._stage(index, history.steps, self.clock.elapsed())
-        if index == 0:
+    def _begin(self, stage: Stage) -> None:
+        """Note that a stage starts; before the first, look at the flow as it is."""
+        self.history.stages.append((self.objectives[stage.index][0], self.history.steps))
+        if stage.index == 0:
             self._limit_validation(stage.budget)
             self._validate(stage, 0.0)
-        return stage
 
     def _stage(self, index: int, step: int, elapsed: float) -> Stage:
+        """The stage of objective ``index``, starting at a step and a time."""
         settings = self.settings
         share = budget.stage(
             index, settings.shares, settings.steps, settings.seconds, start=(step, elapsed)
@@ -203,6 +204,7 @@ class Run:
     def _run(self, stage: Stage) -> str:
         """Run one objective until its budget or patience ends; say which."""
         history, patience, progress = self.history, self.settings.patience, 0.0
+        self.flow.train()
         while True:
             # the last validation must fit into the seconds as well
             reserve = 1.2 * stage.timetable.latest
@@ -238,7 +240,6 @@ class Run:
         rate = budget.rate(progress, warmup=settings.warmup, schedule=settings.schedule)
         order, noise = self.order.state(), self.noise.get_state()
         failure: StepFailed | None = None
-        self.flow.train()
         try:
             with count_nfe() as work:
                 batch = self.rows.batch(next(self.order))
@@ -282,6 +283,7 @@ class Run:
             # while no validation is finite, the latest weights are as good a guess as any
             if nats < best or (best == math.inf and stage.updater.healthy()):
                 self.best = _state(self.flow)
+        self.flow.train()
         stage.timetable.record(history.steps, progress, self.clock.elapsed() - start)
 
     # ---- what went wrong -------------------------------------------------------------------

@@ -64,7 +64,8 @@ class Updater:
             StepFailed: if loss or gradient is not finite or cannot be computed; no weight has
                 changed then.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
         try:
             loss = self.objective(batch, generator=generator, progress=progress)
             loss.total.backward()
