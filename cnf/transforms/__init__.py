@@ -20,6 +20,7 @@ from cnf.transforms.linear import (
 )
 from cnf.transforms.normalization import ActNorm, BatchNorm, Standardize
 from cnf.transforms.planar import Planar, Radial, Sylvester
+from cnf.transforms.residual import ExactLogDet, Residual, TruncatedLogDet, UnbiasedLogDet
 
 __all__ = [
     "ActNorm",
@@ -31,6 +32,7 @@ __all__ = [
     "Coupling",
     "Diagonal",
     "Elementwise",
+    "ExactLogDet",
     "HouseholderLinear",
     "Inverse",
     "LULinear",
@@ -42,12 +44,15 @@ __all__ = [
     "QRLinear",
     "Radial",
     "Request",
+    "Residual",
     "Rotation",
     "SVDLinear",
     "Standardize",
     "Sylvester",
     "Transform",
     "Triangular",
+    "TruncatedLogDet",
+    "UnbiasedLogDet",
     "alternating_mask",
     "half_mask",
     "random_mask",

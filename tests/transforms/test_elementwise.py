@@ -8,6 +8,12 @@ from torch.autograd.functional import jacobian
 from cnf.bijections import Additive, Affine, RationalQuadratic
 from cnf.transforms.elementwise import Elementwise
 
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 MAPS = [Additive(), Affine(), RationalQuadratic(bins=5, bound=4.0)]
 
 

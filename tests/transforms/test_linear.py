@@ -19,6 +19,12 @@ from cnf.transforms.linear import (
     householder,
 )
 
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 BUILDERS = {
     "permutation": lambda n: Permutation.random(n, torch.Generator().manual_seed(0)),
     "reverse": Permutation.reverse,

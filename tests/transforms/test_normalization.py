@@ -6,6 +6,12 @@ from torch.autograd.functional import jacobian
 
 from cnf.transforms.normalization import ActNorm, BatchNorm, Standardize
 
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 KINDS = [Standardize, ActNorm, BatchNorm]
 EVENTS = [(1,), (3,), (2, 3, 2)]
 

@@ -5,6 +5,12 @@ from torch.autograd.functional import hessian, jacobian
 
 from cnf.transforms.planar import Planar, Radial, Sylvester
 
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 BUILDERS = {
     "planar": (Planar, Planar.outputs),
     "radial": (Radial, Radial.outputs),
