@@ -101,7 +101,7 @@ class FlowDensity(DensityMixin, BaseEstimator):
         Returns:
             The estimator itself.
         """
-        x = validate_data(self, X, dtype=[np.float64, np.float32])
+        x = validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=2)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         # initial weights come from torch's global generator: seed it here, and here only

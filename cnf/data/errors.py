@@ -20,5 +20,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     >>> nearest("wieght", ["height", "weight"])
     " Did you mean 'weight'?"
     """
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
     return f" Did you mean {near[0]!r}?" if near else ""
