@@ -221,8 +221,14 @@ def _search(
 ) -> Tensor:
     """The root of f(z) = target, elementwise, without gradients."""
     infinite = torch.full_like(target, math.inf)
-    low = -infinite if lower is None else lower.detach().expand_as(target)
-    high = infinite if upper is None else upper.detach().expand_as(target)
+    low, high = -infinite, infinite
+    # rounding may put the root just outside a bracket that the caller computed: each end is tried
+    if lower is not None:
+        end = lower.detach().expand_as(target)
+        low = torch.where(function(end)[0] <= target, end, low)
+    if upper is not None:
+        end = upper.detach().expand_as(target)
+        high = torch.where(function(end)[0] >= target, end, high)
     middle = low + (high - low) / 2
     if guess is None:
         guess = torch.where(middle.isfinite(), middle, target)
@@ -231,20 +237,18 @@ def _search(
         return z
     reach = 1 + z.abs()  # how far the next step may go while the bracket is open
     last = infinite  # the step before this one: Newton must halve it or the bracket is halved
+    rounding = torch.finfo(target.dtype).eps * (1 + target.abs())
     root, done = z, torch.zeros_like(target, dtype=torch.bool)
     for _ in range(max_iterations):
         value, log_derivative = function(z)
         residual = value - target
-        # rounding may put the root just outside a bracket that the caller computed
-        high = torch.where((residual <= 0) & (z >= high), infinite, high)
-        low = torch.where((residual >= 0) & (z <= low), -infinite, low)
         low = torch.where(residual <= 0, z, low)
         high = torch.where(residual >= 0, z, high)
         step = -residual * torch.exp(-log_derivative.clamp(min=_floor(target.dtype)))
         scale = tolerance * (1 + z.abs())
-        inside = (z + step >= low) & (z + step <= high)
+        inside = (z + step >= low - scale) & (z + step <= high + scale)
         closed = low.isfinite() & high.isfinite()
-        converged = (step.abs() <= scale) | (high - low <= scale) | ~residual.isfinite()
+        converged = (step.abs() <= scale) | (high - low <= scale) | ~(residual.abs() > rounding)
         root = torch.where(done, root, z)
         done = done | converged
         if bool(done.all()):

@@ -62,13 +62,13 @@ class Bernstein(NumericMap):
         # increments in units of the identity's, 2·bound/degree
         increments = self.min_slope + softplus(raw + unit_softplus_offset(self.min_slope))
         starts = torch.cumsum(increments, -1) - increments
-        order = torch.arange(degree, dtype=raw.dtype, device=raw.device)
         binomials = raw.new_tensor([math.comb(degree - 1, i) for i in range(degree)])
 
         def mapped(z: Tensor) -> Pair:
             place = z.clamp(-bound, bound)
-            u = ((place / bound + 1) / 2).unsqueeze(-1)
-            basis = binomials * u.pow(order) * (1 - u).pow(degree - 1 - order)
+            u = (place / bound + 1) / 2
+            basis = binomials * _powers(u, degree) * _powers(1 - u, degree).flip(-1)
+            u = u.unsqueeze(-1)
             slope = (basis * increments).sum(-1)
             # the basis of degree n is u and 1 − u times that of degree n − 1
             height = (basis * (starts + u * increments)).sum(-1)
@@ -76,6 +76,14 @@ class Bernstein(NumericMap):
             return value + slope * (z - place), torch.log(slope)
 
         return mapped
+
+
+def _powers(u: Tensor, count: int) -> Tensor:
+    """u⁰, u¹, …, by products: the second derivative of ``pow`` is not a number at zero."""
+    powers = [torch.ones_like(u)]
+    for _ in range(count - 1):
+        powers.append(powers[-1] * u)
+    return torch.stack(powers, -1)
 
 
 @record

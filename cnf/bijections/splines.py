@@ -47,10 +47,10 @@ class LinearSpline(Spline):
         if backward:
             index = locate(fraction, heights)
         else:
-            index = (fraction.detach() * self.bins).long().clamp(max=self.bins - 1)
+            index = (fraction.detach() * self.bins).long().clamp(0, self.bins - 1)
         height, bottom = pick(heights, index), pick(below(heights), index)
         slope = height * self.bins
-        left = index / self.bins
+        left = index.to(fraction.dtype) / self.bins
         if backward:
             return left + (fraction - bottom) / slope, -torch.log(slope)
         return bottom + (fraction - left) * slope, torch.log(slope)
