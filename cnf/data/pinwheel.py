@@ -134,20 +134,21 @@ class Pinwheel(Target):
         radius = torch.linalg.vector_norm(x, dim=-1) / 2
         phase = torch.atan2(x[:, 1], x[:, 0])
 
-        def g(alpha: Tensor, r: Tensor) -> Tensor:
-            return alpha - self.rate * (r * alpha.cos()).exp()
+        # The circle is cut at -π and falls at the two folds into three branches, from a corner to
+        # a corner; without folds all three corners are the cut, and only the first is not empty.
+        cut = torch.full_like(radius, -math.pi)
+        near, far = self._folds(radius)
+        start = torch.stack((-near, -near, cut), -1)
+        end = torch.stack((-cut, -far, -far), -1)
 
-        # Everything per (row, branch); a row without folds has one branch, the whole circle.
-        start = torch.full((len(x), 3), -math.pi, dtype=x.dtype, device=x.device)
-        end = torch.full_like(start, math.pi)
-        end[:, 1:] = -math.pi
-        folded, near, far = self._folds(radius)
-        start[folded, 0] = start[folded, 1] = -near
-        end[folded, 1] = end[folded, 2] = -far
+        # Levels from each corner on, rounded once: a solution at a corner belongs to one branch.
         spacing = 2 * math.pi / self.arms
-        r, phi = radius[:, None], phase[:, None]
-        first = ((g(start, r) - phi) / spacing).ceil()
-        count = (((g(end, r) - phi) / spacing).ceil() - first).clamp(0, self._LEVELS).long()
+        corners = torch.stack((cut, -near, -far), -1)
+        g = corners - self.rate * (radius[:, None] * corners.cos()).exp()
+        above = ((g - phase[:, None]) / spacing).ceil()
+        first = above[:, (1, 1, 0)]
+        last = torch.stack((above[:, 0] + self.arms, above[:, 2], above[:, 2]), -1)
+        count = (last - first).clamp(0, self._LEVELS).long()
 
         flat = count.flatten()
         branch = torch.arange(len(flat), device=x.device).repeat_interleave(flat)
@@ -164,8 +165,8 @@ class Pinwheel(Target):
         alpha = _solve(miss, start.flatten()[branch], end.flatten()[branch])
         return row, slot, level, alpha - phase[row]
 
-    def _folds(self, radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Which radii have folds, and for those the two β with g'(-β) = 0, the smaller first."""
+    def _folds(self, radius: Tensor) -> tuple[Tensor, Tensor]:
+        """The two β with g'(-β) = 0, the smaller first; π where there are none."""
         cosine = 2 * radius / (1 + (1 + 4 * radius.square()).sqrt())
         hump = cosine.acos()
         folded = self.rate * radius * hump.sin() * (radius * cosine).exp() > 1
@@ -176,5 +177,7 @@ class Pinwheel(Target):
             power = self.rate * r * (r * cos).exp()
             return power * sin - 1, power * (cos - r * sin.square())
 
-        near = _solve(fall, torch.zeros_like(hump), hump)
-        return folded, near, _solve(fall, torch.full_like(hump, math.pi), hump)
+        near, far = torch.full_like(radius, math.pi), torch.full_like(radius, math.pi)
+        near[folded] = _solve(fall, torch.zeros_like(hump), hump)
+        far[folded] = _solve(fall, torch.full_like(hump, math.pi), hump)
+        return near, far
