@@ -1,1 +1,61 @@
-"""Continuous normalizing flows, and the discrete ones beside them, in one API."""
+"""Continuous normalizing flows, and the discrete ones beside them, in one API.
+
+import cnf
+
+target = cnf.data.toy("pinwheel")
+flow = cnf.ffjord(2)
+history = cnf.fit(flow, target)
+flow.log_prob(x), flow.sample((1000,))
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from cnf import bijections, data, nets, transforms
+from cnf.compare import Comparison, compare
+from cnf.costs import JacobianNorm, KineticEnergy
+from cnf.data import DataError
+from cnf.data.table import DataWarning
+from cnf.distributions import Base, Normal
+from cnf.divergence import Exact, Hutchinson
+from cnf.flow import Evaluation, Flow
+from cnf.models import ffjord, iaf, maf, models, nice, nsf, realnvp
+from cnf.objectives import Batch, Loss, MaximumLikelihood, Objective
+from cnf.ode import (
+    NonFiniteState,
+    SecondOrderGradient,
+    Solver,
+    SolverError,
+    SolverWarning,
+    StepUnderflow,
+    TooManySteps,
+    count_nfe,
+)
+from cnf.registry import UnknownNameError
+from cnf.storage import LoadError, load
+from cnf.training import History, TrainingError, fit
+from cnf.transforms import Chain, Continuous, Inverse, Mapped, Request, Transform
+
+if TYPE_CHECKING:
+    from cnf.estimator import FlowDensity
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Base", "Batch", "Chain", "Comparison", "Continuous", "DataError", "DataWarning",
+    "Evaluation", "Exact", "Flow", "FlowDensity", "History", "Hutchinson", "Inverse",
+    "JacobianNorm", "KineticEnergy", "LoadError", "Loss", "Mapped", "MaximumLikelihood",
+    "NonFiniteState", "Normal", "Objective", "Request", "SecondOrderGradient", "Solver",
+    "SolverError", "SolverWarning", "StepUnderflow", "TooManySteps", "TrainingError",
+    "Transform", "UnknownNameError", "bijections", "compare", "count_nfe", "data", "ffjord",
+    "fit", "iaf", "load", "maf", "models", "nets", "nice", "nsf", "realnvp", "transforms",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    # scikit-learn is an extra: its face is imported when it is asked for
+    if name == "FlowDensity":
+        return importlib.import_module("cnf.estimator").FlowDensity
+    raise AttributeError(f"module 'cnf' has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """The trace of a field's Jacobian: exact, or estimated with probes that are fixed for a solve.
 
-Every estimator works from forward-mode products J·u, which need no tape: value and products come out
-of one pass, and a training step differentiates through them once.
+Every estimator works from forward-mode products J·u, which need no tape: value and products come
+out of one pass, and a training step differentiates through them once.
 """
 
 from __future__ import annotations

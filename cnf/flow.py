@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ class Flow(nn.Module):
 
     x and the context are standardised by a fixed affine map that ``standardize`` fills from data;
     densities are in the data's own units all the same. Shapes follow ``torch.distributions``:
-    samples are ``sample_shape + batch_shape + event_shape``, where the batch shape is the context's.
+    samples are ``sample_shape + batch_shape + event_shape``, the batch shape being the context's.
 
     Args:
         transform: the map between z and (standardised) x.
@@ -397,11 +397,9 @@ class FlowDistribution(torch.distributions.Distribution):
     """A flow at a fixed context, for everything that takes a ``torch`` distribution."""
 
     has_rsample = True
-    arg_constraints: dict[str, Any] = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
 
-    def __init__(
-        self, flow: Flow, context: Tensor | None = None, batch_shape: Sequence[int] = ()
-    ):
+    def __init__(self, flow: Flow, context: Tensor | None = None, batch_shape: Sequence[int] = ()):
         self.flow, self.context = flow, context
         batch = torch.Size(batch_shape) if context is None else context.shape[:-1]
         super().__init__(batch, torch.Size(flow.event_shape), validate_args=False)

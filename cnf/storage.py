@@ -22,7 +22,7 @@ class LoadError(ValueError):
     """A directory does not hold a flow that this version can build; the message says why."""
 
 
-def save(flow: nn.Module, directory: str | Path) -> None:
+def save(flow: Any, directory: str | Path) -> None:
     """Write a flow into a directory: ``flow.json`` and ``flow.safetensors``.
 
     Raises:
@@ -36,7 +36,8 @@ def save(flow: nn.Module, directory: str | Path) -> None:
             "cnf.load(dir, into=flow)"
         )
     arguments = {name: encode(value, name) for name, value in recipe.arguments.items()}
-    if repr(_build(recipe.builder, arguments)) != repr(flow):
+    rebuilt = _build(recipe.builder, arguments).to(device=flow.device, dtype=flow.dtype)
+    if repr(rebuilt) != repr(flow):
         raise TypeError(
             f"this flow is no longer what cnf.{recipe.builder} built: a part was exchanged after. "
             "Register a model function that builds it as it is now, or undo the change"
@@ -90,8 +91,10 @@ def load(
 
 def write_state(module: nn.Module, path: Path) -> None:
     """Write a module's parameters and buffers, whole or not at all."""
-    state = {name: tensor.detach().cpu().clone().contiguous()
-             for name, tensor in module.state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().clone().contiguous()
+        for name, tensor in module.state_dict().items()
+    }
     with write_whole(path) as temporary:
         save_file(state, temporary)
 

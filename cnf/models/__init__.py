@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from cnf.models.continuous import ffjord
 from cnf.models.discrete import iaf, maf, nice, nsf, realnvp
-from cnf.registry import MODELS as models
+from cnf.registry import MODELS
+
+models = MODELS
 
 __all__ = ["ffjord", "iaf", "maf", "models", "nice", "nsf", "realnvp"]

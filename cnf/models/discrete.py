@@ -139,9 +139,7 @@ def nice(
         >>> nice(3).log_prob(torch.zeros(3))
         tensor(-2.7568, grad_fn=<AddBackward0>)
     """
-    couplings = coupling_layers(
-        Additive(), features, layers, hidden, context_features, activation
-    )
+    couplings = coupling_layers(Additive(), features, layers, hidden, context_features, activation)
     transform = Chain([*couplings, Diagonal(features)])
     return Flow(transform, Normal(features), context_features=context_features)
 

@@ -1,8 +1,8 @@
 """Velocity fields v(t, x, context), with their Jacobian products from the same pass.
 
 A field is any module with ``forward(t, x, context)``, where ``t`` is a scalar, or one time per
-sample. The fields here also offer ``push`` (J·u for given u) and ``trace`` (tr J): they know their own
-layers, so that value and tangents go through each layer together and nothing is traced twice.
+sample. The fields here also offer ``push`` (J·u for given u) and ``trace`` (tr J): they know their
+own layers, so that value and tangents go through each layer together and nothing is traced twice.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def softplus(h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def silu(h: Tensor) -> tuple[Tensor, Tensor]:
-    """h σ(h) and its slope."""
+    """H σ(h) and its slope."""
     gate = torch.sigmoid(h)
     y = h * gate
     return y, gate + y * (1 - gate)
@@ -44,7 +44,7 @@ def sine(h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gelu(h: Tensor) -> tuple[Tensor, Tensor]:
-    """h Φ(h) and its slope."""
+    """H Φ(h) and its slope."""
     normal = 0.5 * (1 + torch.erf(h / math.sqrt(2)))
     return h * normal, normal + h * torch.exp(-0.5 * h.square()) / math.sqrt(2 * math.pi)
 

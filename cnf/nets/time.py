@@ -88,13 +88,15 @@ class TimeLayers(nn.Module, ABC):
             shift = shift + self.from_context(context)
         shifts = shift.split(self.sizes[1:], -1)
         if gate is None:
-            return [Affine(*pair) for pair in zip(weights, [None] * len(shifts), shifts)]
+            return [
+                Affine(*pair) for pair in zip(weights, [None] * len(shifts), shifts, strict=True)
+            ]
         gates = gate.split(self.sizes[1:], -1)
         if gate.dim() > 1:
-            return [Affine(*layer) for layer in zip(weights, gates, shifts)]
+            return [Affine(*layer) for layer in zip(weights, gates, shifts, strict=True)]
         # at one time for all, the gate is cheaper on the weight than on the batch
-        folded = [weight * gate.unsqueeze(-1) for weight, gate in zip(weights, gates)]
-        return [Affine(weight, None, shift) for weight, shift in zip(folded, shifts)]
+        folded = [weight * gate.unsqueeze(-1) for weight, gate in zip(weights, gates, strict=True)]
+        return [Affine(weight, None, shift) for weight, shift in zip(folded, shifts, strict=True)]
 
     def _vector(self) -> nn.Parameter:
         """A coefficient of time for every output."""
@@ -145,9 +147,7 @@ class ConcatSquash(Squash):
     def coefficients(self, t: Tensor) -> Coefficients:
         """A gate and a shift that depend on time."""
         weights, gate, shift = super().coefficients(t)
-        return Coefficients(
-            weights, gate, torch.addcmul(shift, self.shift_slope, t.unsqueeze(-1))
-        )
+        return Coefficients(weights, gate, torch.addcmul(shift, self.shift_slope, t.unsqueeze(-1)))
 
 
 class Hyper(TimeLayers):
@@ -164,7 +164,7 @@ class Hyper(TimeLayers):
         *changes, shift = self.network(t.unsqueeze(-1)).split([*sizes, self.outputs], -1)
         weights = [
             weight + change.unflatten(-1, weight.shape)
-            for weight, change in zip(self.weights, changes)
+            for weight, change in zip(self.weights, changes, strict=True)
         ]
         return Coefficients(weights, None, self.bias + shift)
 
@@ -181,7 +181,7 @@ class Blend(TimeLayers):
         t = t.unsqueeze(-1)
         weights = [
             start + t.unsqueeze(-1) * (end - start)
-            for start, end in zip(self.weights, self.end.weights)
+            for start, end in zip(self.weights, self.end.weights, strict=True)
         ]
         return Coefficients(weights, None, torch.addcmul(self.bias, self.end.bias - self.bias, t))
 
