@@ -222,21 +222,26 @@ def _search(
     """The root of f(z) = target, elementwise, without gradients."""
     infinite = torch.full_like(target, math.inf)
     low, high = -infinite, infinite
+    exact = torch.zeros_like(target, dtype=torch.bool)
+    start = target if guess is None else guess.detach().expand_as(target)
     # rounding may put the root just outside a bracket that the caller computed: each end is tried
-    if lower is not None:
-        end = lower.detach().expand_as(target)
-        low = torch.where(function(end)[0] <= target, end, low)
-    if upper is not None:
-        end = upper.detach().expand_as(target)
-        high = torch.where(function(end)[0] >= target, end, high)
-    middle = low + (high - low) / 2
+    for end, below in ((lower, True), (upper, False)):
+        if end is not None:
+            end = end.detach().expand_as(target)
+            residual = function(end)[0] - target
+            start, exact = torch.where(residual == 0, end, start), exact | (residual == 0)
+            if below:
+                low = torch.where(residual <= 0, end, low)
+            else:
+                high = torch.where(residual >= 0, end, high)
     if guess is None:
-        guess = torch.where(middle.isfinite(), middle, target)
-    z = torch.minimum(torch.maximum(guess.detach().expand_as(target), low), high)
+        middle = low + (high - low) / 2
+        start = torch.where(middle.isfinite() & ~exact, middle, start)
+    z = torch.minimum(torch.maximum(start, low), high)
     if target.numel() == 0:
         return z
     reach = 1 + z.abs()  # how far the next step may go while the bracket is open
-    last = infinite  # the step before this one: Newton must halve it or the bracket is halved
+    last = earlier = infinite  # Newton must halve the step before last, or the bracket is halved
     rounding = torch.finfo(target.dtype).eps * (1 + target.abs())
     root, done = z, torch.zeros_like(target, dtype=torch.bool)
     for _ in range(max_iterations):
@@ -253,11 +258,11 @@ def _search(
         done = done | converged
         if bool(done.all()):
             return root
-        trusted = inside & (step.abs() <= torch.where(closed, last / 2, reach))
+        trusted = inside & (step.abs() <= torch.where(closed, earlier / 2, reach))
         fallback = torch.where(closed, (high - low) / 2 + (low - z), -reach * residual.sign())
         step = torch.where(trusted, step, fallback)
         reach = torch.where(closed, reach, 2 * reach)
-        last = torch.where(closed, step.abs(), infinite)
+        last, earlier = torch.where(closed, step.abs(), infinite), last
         z = z + step
     stuck = target[~done]
     raise InversionError(
