@@ -1,73 +1,19 @@
-"""What to minimise: modules that own a flow and turn a batch into a loss."""
+"""Maximum likelihood, with penalties on the path."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
-from cnf.registry import unknown_name
+from cnf.objectives.base import Batch, Loss, Objective, mean
 from cnf.transforms.base import Request
 
 if TYPE_CHECKING:
     from cnf.costs import Cost
     from cnf.divergence import Divergence
     from cnf.flow import Flow
-
-
-class Batch(NamedTuple):
-    """Rows to learn from.
-
-    Attributes:
-        x: data, ``(rows, *event)``.
-        context: what the flow is conditioned on, ``(rows, context_features)``, or None.
-        weight: non-negative weights of the rows, ``(rows,)``; only their ratios matter.
-    """
-
-    x: Tensor
-    context: Tensor | None = None
-    weight: Tensor | None = None
-
-
-class Loss(NamedTuple):
-    """What an objective returns.
-
-    Attributes:
-        total: the scalar to minimise.
-        terms: its parts before weighting, detached scalars, for people to read.
-    """
-
-    total: Tensor
-    terms: dict[str, Tensor]
-
-
-class Objective(nn.Module, ABC):
-    """A loss of a flow; calling it on a batch returns a :class:`Loss`.
-
-    Attributes:
-        flow: the flow that is trained. An objective may have parameters of its own beside it.
-    """
-
-    flow: Flow
-
-    def __init__(self, flow: Flow):
-        super().__init__()
-        self.flow = flow
-
-    @abstractmethod
-    def forward(
-        self, batch: Batch, *, generator: torch.Generator | None = None, progress: float = 0.0
-    ) -> Loss:
-        """The loss of one batch.
-
-        Args:
-            batch: the rows.
-            generator: where noise comes from, on the flow's device; None means torch's global one.
-            progress: the fraction of the training budget that is spent, for schedules.
-        """
 
 
 class MaximumLikelihood(Objective):
@@ -88,7 +34,7 @@ class MaximumLikelihood(Objective):
     Example:
         >>> import cnf
         >>> flow = cnf.realnvp(2)
-        >>> loss = cnf.MaximumLikelihood(flow)(Batch(torch.zeros(4, 2)))
+        >>> loss = cnf.MaximumLikelihood(flow)(cnf.Batch(torch.zeros(4, 2)))
         >>> bool(torch.isclose(loss.total, -flow.log_prob(torch.zeros(2))))
         True
     """
@@ -122,14 +68,14 @@ class MaximumLikelihood(Objective):
             clock=self._clock(generator),
         )
         found = self.flow.evaluate(batch.x, batch.context, request)
-        total = -_mean(found.log_prob, batch.weight)
+        total = -mean(found.log_prob, batch.weight)
         terms = {"nll": total.detach()}
         for cost, weight in self.costs.items():
             if cost.name not in found.costs:  # a discrete flow has no path to integrate along
                 continue
-            mean = _mean(found.costs[cost.name], batch.weight)
-            total = total + (weight(progress) if callable(weight) else weight) * mean
-            terms[cost.name] = mean.detach()
+            average = mean(found.costs[cost.name], batch.weight)
+            total = total + (weight(progress) if callable(weight) else weight) * average
+            terms[cost.name] = average.detach()
         return Loss(total, terms)
 
     def _clock(self, generator: torch.Generator | None) -> float:
@@ -138,25 +84,3 @@ class MaximumLikelihood(Objective):
         device = "cpu" if generator is None else generator.device
         uniform = torch.rand((), generator=generator, device=device).item()
         return 1.0 + self.end_time_spread * (2.0 * uniform - 1.0)
-
-
-def _mean(values: Tensor, weight: Tensor | None) -> Tensor:
-    """The mean over the batch, weighted if weights are given."""
-    return values.mean() if weight is None else (values * weight).sum() / weight.sum()
-
-
-#: Builders of objectives by the name that ``fit(objective=…)`` takes; each is given the flow.
-OBJECTIVES: dict[str, Callable[[Flow], Objective]] = {
-    "likelihood": MaximumLikelihood,
-}
-
-
-def build_objective(name: str, flow: Flow) -> Objective:
-    """The objective of that name for a flow.
-
-    Raises:
-        UnknownNameError: if there is none; the message lists the names.
-    """
-    if name not in OBJECTIVES:
-        raise unknown_name("objective", name, OBJECTIVES)
-    return OBJECTIVES[name](flow)

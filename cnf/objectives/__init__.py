@@ -1,0 +1,31 @@
+"""What to minimise: modules that own a flow and turn a batch into a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from cnf.objectives.base import Batch, Loss, Objective
+from cnf.objectives.likelihood import MaximumLikelihood
+from cnf.registry import unknown_name
+
+if TYPE_CHECKING:
+    from cnf.flow import Flow
+
+__all__ = ["OBJECTIVES", "Batch", "Loss", "MaximumLikelihood", "Objective", "build_objective"]
+
+#: Builders of objectives by the name that ``fit(objective=…)`` takes; each is given the flow.
+OBJECTIVES: dict[str, Callable[[Flow], Objective]] = {
+    "likelihood": MaximumLikelihood,
+}
+
+
+def build_objective(name: str, flow: Flow) -> Objective:
+    """The objective of that name for a flow.
+
+    Raises:
+        UnknownNameError: if there is none; the message lists the names.
+    """
+    if name not in OBJECTIVES:
+        raise unknown_name("objective", name, OBJECTIVES)
+    return OBJECTIVES[name](flow)

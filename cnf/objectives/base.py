@@ -1,0 +1,69 @@
+"""The contract of an objective: a module that owns a flow and turns a batch into a loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from cnf.flow import Flow
+
+
+class Batch(NamedTuple):
+    """Rows to learn from.
+
+    Attributes:
+        x: data, ``(rows, *event)``.
+        context: what the flow is conditioned on, ``(rows, context_features)``, or None.
+        weight: non-negative weights of the rows, ``(rows,)``; only their ratios matter.
+    """
+
+    x: Tensor
+    context: Tensor | None = None
+    weight: Tensor | None = None
+
+
+class Loss(NamedTuple):
+    """What an objective returns.
+
+    Attributes:
+        total: the scalar to minimise.
+        terms: its parts before weighting, detached scalars, for people to read.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+class Objective(nn.Module, ABC):
+    """A loss of a flow; calling it on a batch returns a :class:`Loss`.
+
+    Attributes:
+        flow: the flow that is trained. An objective may have parameters of its own beside it.
+    """
+
+    flow: Flow
+
+    def __init__(self, flow: Flow):
+        super().__init__()
+        self.flow = flow
+
+    @abstractmethod
+    def forward(
+        self, batch: Batch, *, generator: torch.Generator | None = None, progress: float = 0.0
+    ) -> Loss:
+        """The loss of one batch.
+
+        Args:
+            batch: the rows.
+            generator: where noise comes from, on the flow's device; None means torch's global one.
+            progress: the fraction of the training budget that is spent, for schedules.
+        """
+
+
+def mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    """The mean over the batch, weighted if weights are given."""
+    return values.mean() if weight is None else (values * weight).sum() / weight.sum()
