@@ -39,7 +39,8 @@ class Watch:
         self.solver = solver
         self.name = name
         self.sign = 1.0 if times[-1] > times[0] else -1.0
-        self.floor = solver.min_step or resolution * max(abs(times[0]), abs(times[-1]))
+        self.span = abs(times[-1] - times[0])
+        self.resolution = resolution
         self.recorders = current_recorders()
         self.velocity: Tensor | None = None
         self.stopped_at: tuple[float, Tensor | State] = (times[0], ())
@@ -50,7 +51,7 @@ class Watch:
         self.direction = direction
         self.adaptive = adaptive
         self.every_evaluation = every_evaluation
-        self.nfe = self.accepted = self.rejected = self.steps = 0
+        self.nfe = self.accepted = self.rejected = self.undefined = 0
         self.settled = True
 
     def finish(self) -> Stats:
@@ -76,19 +77,18 @@ class Watch:
         # in a backward pass torchdiffeq counts time in the direction of the forward pass
         time = float(t0) * (self.sign if self.direction == "backward" else 1.0)
         if self.settled and not finite(state):
-            self.fail(NonFiniteState, "the state is not finite", time, size)
-        stuck = not math.isfinite(size) or time + size == time
-        if self.adaptive and (stuck or (size < self.floor and not self.settled)):
-            self.stopped_at = (time, state)
-            if self.velocity is not None and not finite(self.velocity):
-                self.fail(NonFiniteState, "the velocity is not finite", time, size)
-            self.fail(StepUnderflow, "the step became too small to go on", time, size)
-        self.steps += 1
-        if self.steps > self.solver.max_steps:
-            what = f"more than max_steps={self.solver.max_steps} steps"
-            self.fail(TooManySteps, what, time, size)
-        if not self.adaptive:
+            what = "the state" if self.direction == "forward" else "the state or its gradient"
+            self.fail(NonFiniteState, f"{what} is not finite", time, size)
+        if self.adaptive:
+            floor = self.solver.min_step or self.resolution * max(abs(time), self.span / 1000)
+            if time + size == time or (size < floor and not self.settled):
+                self.stopped_at = (time, state)
+                self._fail_at_limit(StepUnderflow, "the step became too small", time, size)
+        else:
             self.accepted += 1
+        if self.accepted + self.rejected >= self.solver.max_steps + (not self.adaptive):
+            what = f"more than max_steps={self.solver.max_steps} steps"
+            self._fail_at_limit(TooManySteps, what, time, size)
 
     def accept(self, t0: Tensor | float, state: Tensor | State, dt: Tensor | float) -> None:
         """Count an accepted step; the state after it is checked when the next one starts."""
@@ -96,14 +96,23 @@ class Watch:
         self.settled = True
 
     def reject(self, t0: Tensor | float, state: Tensor | State, dt: Tensor | float) -> None:
-        """Count a rejected step."""
+        """Count a rejected step, and whether NaN was the reason."""
         self.rejected += 1
+        self.undefined += self.velocity is not None and not finite(self.velocity)
         self.settled = False
 
     def arrived(self, tensors: Tensor | Iterable[Tensor], time: float, what: str) -> None:
         """Check what a pass ends with."""
         if not finite(tensors):
             self.fail(NonFiniteState, f"{what} not finite", time)
+
+    def _fail_at_limit(self, kind: type[SolverError], what: str, time: float, step: float) -> None:
+        # trial steps into where the velocity is not defined shrink as those do that are too long
+        if self.velocity is not None and not finite(self.velocity):
+            self.undefined += 1
+        if 2 * self.undefined > self.rejected:
+            kind, what = NonFiniteState, "the velocity is not finite"
+        self.fail(kind, what, time, step)
 
     def fail(
         self,

@@ -124,6 +124,7 @@ class Problem:
         watch, solver = self.watch, self.solver
         watch.begin("forward", solver.method in ADAPTIVE, solver.method == SCIPY)
         try:
+            watch.arrived(flat, self.points[0], "the initial state is")
             self._check_grid(solver.method)
             solution = self._forward(flat)
             watch.arrived(solution, self.points[-1], "the solution is")
