@@ -37,7 +37,7 @@ def fit(
     steps: int | None = None,
     seconds: float | None = None,
     batch_size: int = 512,
-    lr: float = 2e-3,
+    lr: float = 5e-3,
     weight_decay: float = 0.0,
     warmup: float = 0.02,
     schedule: str = "cosine",
