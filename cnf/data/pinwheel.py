@@ -76,6 +76,10 @@ class Pinwheel(Target):
     # Radius (of f) beyond which the solutions crowd beyond counting and p < exp(-450).
     _CROWDED = 10.0
 
+    @property
+    def _width(self) -> int:
+        return 2 * self._LEVELS
+
     def _draw(self, n: int, noise: Noise) -> Tensor:
         arm = noise.choice(self.arms, n)
         normal = noise.normal(n, 2)
