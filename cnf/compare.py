@@ -83,7 +83,7 @@ class Comparison:
             self.panels,
             [held_out(name, history) for name, history in self.histories.items()],
             bounds=self.data.bounds,
-            columns=self.data.source.columns,
+            columns=() if self.data.target is not None else self.data.source.columns,
             truth=self.entropy,
             title=f"{Path(self.target).name}{known}",
         )
@@ -142,15 +142,29 @@ def _cells(row: Row, known: bool) -> list[str]:
         _number(row.steps, ",d"),
         _number(row.train_seconds, ".0f") + " s",
         _number(row.nfe, ".0f"),
-        _number(row.log_prob_per_second, ",.0f"),
-        _number(row.samples_per_second, ",.0f"),
+        _short(row.log_prob_per_second),
+        _short(row.samples_per_second),
         _number(row.inverse_error, ".0e"),
-        _number(row.parameters, ",d"),
+        _short(row.parameters),
     ]
 
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _short(value: float | None) -> str:
+    """Three digits of a large number.
+
+    >>> _short(71_512), _short(1_234_567), _short(12)
+    ('71.5k', '1.23M', '12')
+    """
+    if value is None:
+        return "-"
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.0f}"
 
 
 def compare(
@@ -197,15 +211,17 @@ def compare(
         raise ValueError(f"models must be one or more different names, got {names}")
     for name in names:
         recipe(name)
+    if out is not None:
+        plots.require()
     found = resolve(target) if isinstance(target, (str, Path)) else target
     data = split(found, seed=seed, train_size=train_size, test_size=test_size)
     comparison = Comparison(data)
     folder = None if out is None else claim(out, COMPARISON)
     tell = report or (lambda line: None)
     try:
-        comparison.panels.append(data_panel(data))
         if folder is not None:
-            comparison.write(folder)
+            write_json(folder / "results.json", comparison.as_dict())
+        comparison.panels.append(data_panel(data))
         for i, name in enumerate(names):
             tell(f"{name}: training ({i + 1} of {len(names)})")
             row = _run(

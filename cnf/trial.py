@@ -58,11 +58,18 @@ class Split:
     target: Target | None = None
 
     @property
+    def shown(self) -> tuple[Tensor, Tensor | None]:
+        """The points that a picture shows, test points first, and their context."""
+        x = torch.cat([self.test, self.validation, self.train])[:DRAWN]
+        contexts = [context for context in reversed(self.contexts) if context is not None]
+        return x, torch.cat(contexts)[:DRAWN] if contexts else None
+
+    @property
     def bounds(self) -> plots.Bounds:
         """Where a picture of the data ends: the toy's own limits, or the data's outer quantiles."""
         if self.target is not None:
             return self.target.bounds
-        low, high = np.quantile(self.test.numpy(), (0.002, 0.998), axis=0)
+        low, high = np.quantile(self.shown[0].numpy(), (0.002, 0.998), axis=0)
         room = 0.15 * (high - low)
         return tuple(zip((low - room).tolist(), (high + room).tolist(), strict=True))
 
@@ -234,7 +241,7 @@ class Row:
             return f"{self.model}: failed: {self.error}"
         gap = "" if self.gap is None else f", gap {self.gap:.4f} ± {self.gap_stderr:.4f}"
         return (
-            f"{self.model}: test nll {self.test_nll:.4f} ± {self.test_nll_stderr:.4f} nats{gap}"
+            f"{self.model}: nll {self.test_nll:.4f} ± {self.test_nll_stderr:.4f} nats{gap}"
             f" after {self.steps:,d} steps in {self.train_seconds:.0f} s"
         )
 
@@ -324,18 +331,20 @@ def data_panel(data: Split) -> plots.Panel:
         density = plots.evaluate(data.target.log_prob, data.bounds)
     elif data.test.shape[-1] == 2 and data.contexts[2] is None:
         x, y = torch.cat([data.train, data.validation, data.test]).numpy().T
-        cells = min(max(round(len(x) ** (1 / 3)), 10), 80)
+        cells = min(max(round(len(x) ** 0.4), 10), 80)
         counts, *_ = np.histogram2d(x, y, cells, data.bounds, density=True)
         density = torch.from_numpy(counts.T.copy())
-    return plots.Panel("data", data.test[:DRAWN], density, Path(data.source.name).name)
+    return plots.Panel("data", data.shown[0], density, Path(data.source.name).name)
 
 
 def model_panel(
     name: str, flow: Flow, data: Split, *, seed: int = 0, note: str = ""
 ) -> plots.Panel:
     """The column of a picture that shows a model."""
-    _, context = _test(flow, data)
-    samples = _sample(flow, context, DRAWN, stream(seed, "picture"))
+    x, context = data.shown
+    if context is not None:
+        context = context.to(flow.device, flow.dtype)
+    samples = _sample(flow, context, len(x), stream(seed, "picture"))
     density = None
     if context is None and data.test.shape[-1] <= 2:
         density = plots.evaluate(flow.log_prob, data.bounds, like=samples)
@@ -373,7 +382,7 @@ def draw_run(run: Run, *, name: str, seed: int = 0) -> Figure:
         [data_panel(data), model_panel(name, run.flow, data, seed=seed, note=note)],
         [held_out(name, run.history)],
         bounds=data.bounds,
-        columns=source.columns,
+        columns=() if data.target is not None else source.columns,
         truth=None if data.target is None else data.target.entropy,
         title=Path(source.name).name,
     )

@@ -30,7 +30,7 @@ def main() -> None:
     options = parser.parse_args()
 
     y, x = branches(2_000 if options.quick else 50_000, torch.Generator().manual_seed(0))
-    flow = cnf.models.models[options.model].build(1, context_features=1)
+    flow = cnf.models[options.model].build(1, context_features=1)
     history = cnf.fit(flow, (y, x), steps=20 if options.quick else 2000)
     print(history.summary())
 
@@ -45,6 +45,7 @@ def main() -> None:
         lambda points: flow.log_prob(points[:, 1:], points[:, :1]),
         bounds,
         title="p(y | x): every column is a density of y",
+        columns=("x", "y"),
     )
     print(plots.write(picture, options.out / "conditional_density.png"))
 

@@ -38,7 +38,7 @@ def main() -> None:
     )
     table = cnf.data.table(file)
 
-    flow = cnf.models.models[options.model].build(len(table.columns))
+    flow = cnf.models[options.model].build(len(table.columns))
     history = cnf.fit(flow, table, steps=20 if options.quick else 3000)
     print(history.summary())
 

@@ -23,7 +23,7 @@ def main() -> None:
     options = parser.parse_args()
 
     target = cnf.data.toy(options.target)
-    flow = cnf.models.models[options.model].build(2)
+    flow = cnf.models[options.model].build(2)
     history = cnf.fit(flow, target, steps=20 if options.quick else 3000)
 
     x = target.sample(10_000, torch.Generator().manual_seed(1))

@@ -64,6 +64,9 @@ def compare_command(
     compare.png and a run folder for each model, which score, sample and plot take. Ctrl-C keeps
     the models that were finished.
     """
+    names = listed(models) or []
+    if not names or len(set(names)) < len(names):
+        raise typer.BadParameter("name one or more models, each once", param_hint="--models")
     data = resolve(
         target,
         columns=listed(columns),
@@ -75,7 +78,7 @@ def compare_command(
     folder = out or Path("runs") / Path(target).stem
     comparison = compare(
         data,
-        listed(models) or (),
+        names,
         seconds=seconds,
         steps=steps,
         seed=seed,
@@ -156,9 +159,11 @@ def fit_command(
         objectives=listed(objective),
     )
     row = measure(model, flow, history, parts)
-    write_run(folder, flow, parts.source, history, row.as_dict())
-    typer.echo(row.summary())
+    tested = "test points" if parts.truth is not None else "validation rows"
+    results = row.as_dict() | {"tested_on": tested, "test_size": len(parts.test)}
+    write_run(folder, flow, parts.source, history, results)
     say(history.summary())
+    typer.echo(f"{row.summary()}, on {len(parts.test):,} {tested}")
     typer.echo(f"written: {folder}")
     if history.stopped == "interrupted":
         raise typer.Exit(130)

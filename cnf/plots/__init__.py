@@ -6,7 +6,7 @@ plain ``matplotlib.figure.Figure``; ``write`` puts one into a file, whole or not
 
 from __future__ import annotations
 
-from cnf.plots.canvas import write
+from cnf.plots.canvas import require, write
 from cnf.plots.comparison import Curve, Panel, comparison
 from cnf.plots.density import Bounds, density, evaluate, grid
 from cnf.plots.history import history
@@ -20,5 +20,6 @@ __all__ = [
     "evaluate",
     "grid",
     "history",
+    "require",
     "write",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,11 @@ DASHES = ("-", "--", "-.", (0, (1, 1.2)), (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)))
 COLOUR_MAP = "viridis"
 
 
-def new(width: float, height: float) -> Figure:
-    """An empty figure of that size in inches, drawn at 150 pixels to the inch.
+def require() -> type[Figure]:
+    """Make sure that pictures can be drawn, before long work that ends in one.
+
+    Returns:
+        matplotlib's class of figures.
 
     Raises:
         ImportError: if matplotlib is not installed; the message names the extra.
@@ -30,7 +34,12 @@ def new(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('pictures need matplotlib: pip install "cnf[plot]"') from error
-    figure = Figure(figsize=(width, height), dpi=150)
+    return Figure
+
+
+def new(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches, drawn at 150 pixels to the inch."""
+    figure = require()(figsize=(width, height), dpi=150)
     figure.set_layout_engine("constrained", h_pad=0.1, hspace=0.02)
     return figure
 
@@ -52,10 +61,28 @@ def write(figure: Figure, path: str | Path) -> Path:
     return path
 
 
-def square(axes: Axes, bounds: tuple[tuple[float, float], tuple[float, float]]) -> None:
-    """Fix the limits, give both axes one scale, and drop the ticks."""
+def frame(
+    axes: Axes,
+    bounds: tuple[tuple[float, float], tuple[float, float]],
+    columns: Sequence[str] = (),
+) -> None:
+    """A square picture of the plane with fixed limits.
+
+    Args:
+        axes: where to draw.
+        bounds: (low, high) of both features.
+        columns: what the features are called. Without names both have one unit, hence one scale,
+            and no ticks are needed.
+    """
     axes.set_xlim(*bounds[0])
     axes.set_ylim(*bounds[1])
-    axes.set_aspect("equal")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    if not columns:
+        axes.set_aspect("equal")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        return
+    axes.set_box_aspect(1)
+    axes.tick_params(labelsize=7)
+    axes.locator_params(nbins=4)
+    axes.set_xlabel(columns[0], fontsize=9)
+    axes.set_ylabel(columns[1], fontsize=9)

@@ -66,7 +66,7 @@ def comparison(
         panels: the data first, then the models.
         curves: the models' held-out nats; none draws no such row.
         bounds: (low, high) of every feature.
-        columns: names of the features, for the labels.
+        columns: names of the features; without them two features share one unit and one scale.
         truth: the entropy of the target in nats, drawn as a line.
         title: what to write above it all.
     """
@@ -80,23 +80,28 @@ def comparison(
         rows = 2
     else:
         rows = min(PAIRS, len(_pairs(features)))
-    width = max(12.0, 2.2 * len(panels))
-    side = min(width / len(panels), 4.0)
-    heights = [side] * rows + ([3.4] if curves else [])
+    # few models and many pairs of columns: a row for each model instead of a column
+    turned = len(panels) < rows
+    down, across = (len(panels), rows) if turned else (rows, len(panels))
+    width = max(12.0, 2.2 * across)
+    heights = [min(width / across, 4.0)] * down + ([3.4] if curves else [])
     figure = canvas.new(width, sum(heights) + 0.6)
     figure.suptitle(title, fontsize=13)
-    layout = figure.add_gridspec(len(heights), len(panels), height_ratios=heights)
-    axes = [[figure.add_subplot(layout[i, j]) for j in range(len(panels))] for i in range(rows)]
+    layout = figure.add_gridspec(len(heights), across, height_ratios=heights)
+    axes = [
+        [figure.add_subplot(layout[(j, i) if turned else (i, j)]) for j in range(len(panels))]
+        for i in range(rows)
+    ]
     for column, panel in zip(axes[0], panels, strict=True):
         column.set_title(panel.title + ("\n" + panel.note if panel.note else ""), fontsize=11)
     if features == 1:
         _histograms(axes[0], panels, bounds, names)
     elif rows == 2 and features == 2:
-        _densities(figure, axes, panels, bounds)
+        _densities(figure, axes, panels, bounds, columns)
     else:
-        _projections(axes, panels, bounds, names)
+        _projections(axes, panels, bounds, names, turned=turned)
     if curves:
-        below = figure.add_subplot(layout[rows, :])
+        below = figure.add_subplot(layout[down, :])
         histories.draw(below, [(curve.label, curve.points) for curve in curves], truth)
     return figure
 
@@ -111,6 +116,7 @@ def _densities(
     axes: Sequence[Sequence[Axes]],
     panels: Sequence[Panel],
     bounds: densities.Bounds,
+    columns: Sequence[str],
 ) -> None:
     """Densities above, samples below; the first panel's density sets the colour scale."""
     known = [panel.density for panel in panels if panel.density is not None]
@@ -119,12 +125,16 @@ def _densities(
         if panel.density is None:
             upper.set_axis_off()
         else:
-            densities.draw(upper, panel.density, bounds, top)
-        canvas.square(lower, (bounds[0], bounds[1]))
+            densities.draw(upper, panel.density, bounds, top, columns)
+        canvas.frame(lower, (bounds[0], bounds[1]), columns)
         x = panel.samples.numpy()
         lower.scatter(x[:, 0], x[:, 1], s=1.0, color=canvas.COLOURS[0], alpha=0.4, linewidths=0)
-    axes[0][0].set_ylabel("density", fontsize=11)
-    axes[1][0].set_ylabel("samples", fontsize=11)
+        if panel is panels[0]:
+            upper.set_ylabel("\n".join(["density", upper.get_ylabel()]).strip(), fontsize=10)
+            lower.set_ylabel("\n".join(["samples", lower.get_ylabel()]).strip(), fontsize=10)
+        else:
+            upper.set_ylabel("")
+            lower.set_ylabel("")
     figure.colorbar(
         next(image for ax in axes[0] for image in ax.images),
         ax=list(axes[0]),
@@ -170,24 +180,21 @@ def _projections(
     panels: Sequence[Panel],
     bounds: densities.Bounds,
     names: Sequence[str],
+    *,
+    turned: bool,
 ) -> None:
     """Pairs of columns: samples of each panel over the data, drawn pale behind."""
     data = panels[0].samples.numpy()
     for row, (i, j) in zip(axes, _pairs(len(bounds)), strict=False):
         for ax, panel in zip(row, panels, strict=True):
             x = panel.samples.numpy()
-            ax.scatter(data[:, i], data[:, j], s=1.5, color="0.75", linewidths=0)
+            pale = "0.5" if panel is panels[0] else "0.8"
+            ax.scatter(data[:, i], data[:, j], s=1.5, color=pale, linewidths=0)
             if panel is not panels[0]:
                 ax.scatter(
                     x[:, i], x[:, j], s=1.5, color=canvas.COLOURS[0], alpha=0.4, linewidths=0
                 )
-            ax.set_xlim(*bounds[i])
-            ax.set_ylim(*bounds[j])
-            ax.set_box_aspect(1)
-            ax.tick_params(labelsize=7)
-            ax.locator_params(nbins=4)
-            ax.set_xlabel(names[i], fontsize=9)
-            if ax is row[0]:
-                ax.set_ylabel(names[j], fontsize=9)
-            else:
+            canvas.frame(ax, (bounds[i], bounds[j]), (names[i], names[j]))
+            if ax is not row[0] and not turned:
+                ax.set_ylabel("")
                 ax.set_yticklabels([])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,19 +79,23 @@ def evaluate(
     return torch.cat(parts).reshape(shape)
 
 
-def draw(axes: Axes, values: Tensor, bounds: Bounds, top: float) -> AxesImage:
+def draw(
+    axes: Axes, values: Tensor, bounds: Bounds, top: float, columns: Sequence[str] = ()
+) -> AxesImage:
     """Paint a two-dimensional density, from zero to ``top``; returns the image for a colour bar."""
-    canvas.square(axes, (bounds[0], bounds[1]))
-    return axes.imshow(
+    image = axes.imshow(
         values.numpy(),
         extent=(*bounds[0], *bounds[1]),
         origin="lower",
         cmap=canvas.COLOUR_MAP,
         vmin=0.0,
         vmax=top,
-        interpolation="bilinear",
-        aspect="equal",
+        # the few cells of a histogram are shown as what they are
+        interpolation="bilinear" if len(values) > 100 else "nearest",
+        aspect="auto",
     )
+    canvas.frame(axes, (bounds[0], bounds[1]), columns)
+    return image
 
 
 def ceiling(values: Tensor, share: float = 0.999) -> float:
@@ -107,6 +111,7 @@ def density(
     bounds: Bounds,
     *,
     title: str = "",
+    columns: Sequence[str] = (),
     size: int = 300,
     like: Tensor | None = None,
 ) -> Figure:
@@ -116,13 +121,14 @@ def density(
         log_prob: takes points ``(n, 2)`` and returns nats ``(n,)``: a flow's, or a target's.
         bounds: (low, high) of both features.
         title: what to write above it.
+        columns: what the features are called, where they have units of their own.
         size: cells along each axis.
         like: a tensor with the device and dtype to evaluate in.
     """
     values = evaluate(log_prob, bounds, size=size, like=like)
     figure = canvas.new(6.0, 5.2)
     axes = figure.subplots()
-    image = draw(axes, values, bounds, ceiling(values))
+    image = draw(axes, values, bounds, ceiling(values), columns)
     axes.set_title(title)
     figure.colorbar(image, ax=axes, label="density", extend="max", shrink=0.9)
     return figure
