@@ -103,7 +103,7 @@ class Comparison:
     def _cells(self) -> list[list[str]]:
         known = self.data.truth is not None
         header = ["model", "nll", "± se", *(["gap", "± se"] if known else [])]
-        header += ["steps", "train", "NFE", "scores/s", "draws/s", "x error", "params"]
+        header += ["steps", "train", "NFE", "score/s", "draw/s", "x err", "params"]
         return [header] + [_cells(row, known) for row in self.rows]
 
 
@@ -139,7 +139,7 @@ def _cells(row: Row, known: bool) -> list[str]:
     return [
         row.model,
         *numbers,
-        _number(row.steps, ",d"),
+        _short(row.steps),
         _number(row.train_seconds, ".0f") + " s",
         _number(row.nfe, ".0f"),
         _short(row.log_prob_per_second),
@@ -156,15 +156,15 @@ def _number(value: float | None, form: str) -> str:
 def _short(value: float | None) -> str:
     """Three digits of a large number.
 
-    >>> _short(71_512), _short(1_234_567), _short(12)
-    ('71.5k', '1.23M', '12')
+    >>> _short(71_512), _short(1_234_567), _short(9_876)
+    ('71.5k', '1.23M', '9876')
     """
     if value is None:
         return "-"
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.0f}"
+    if value < 10_000:
+        return f"{value:.0f}"
+    size, letter = next(unit for unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= unit[0])
+    return f"{value / size:.3g}{letter}"
 
 
 def compare(
