@@ -6,10 +6,11 @@ running state, so two calls with the same weights agree to the bit, in ``train()
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,12 @@ class LipSwish(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Apply to every entry."""
         return z * torch.sigmoid(softplus(self.beta) * z) / 1.1
+
+    def with_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The value and the derivative at every entry."""
+        scaled = softplus(self.beta) * z
+        gate = torch.sigmoid(scaled) / 1.1
+        return z * gate, gate * (1 + scaled * torch.sigmoid(-scaled))
 
 
 def contraction_activation(name: str) -> nn.Module:
@@ -125,6 +132,37 @@ def _power_iteration(weight: Tensor, tolerance: float = 1e-5, max_iterations: in
     return u @ weight @ v
 
 
+class Prepared:
+    """Layers W_i x + b_i with activations between them, and their products with tangents."""
+
+    def __init__(
+        self,
+        maps: Sequence[Callable[[Tensor], Tensor]],
+        biases: Sequence[Tensor],
+        activations: Iterable[nn.Module],
+    ):
+        self.maps = maps
+        self.biases = biases
+        self.activations = list(activations)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """g(x)."""
+        for apply, bias, activate in zip(
+            self.maps, self.biases, [*self.activations, None], strict=True
+        ):
+            x = apply(x) + bias
+            x = x if activate is None else activate(x)
+        return x
+
+    def push(self, x: Tensor, tangents: Tensor) -> Tensor:
+        """∂g/∂x times every tangent of ``(k, *batch, *event)``."""
+        layers = zip(self.maps, self.biases, self.activations, strict=False)
+        for apply, bias, activate in layers:
+            x, slope = _with_slope(activate, apply(x) + bias)
+            tangents = apply(tangents) * slope
+        return self.maps[-1](tangents)
+
+
 class Contraction(nn.Module, ABC):
     """A network g with |g(x) - g(y)| ≤ lipschitz · |x - y|, whatever the context.
 
@@ -140,7 +178,11 @@ class Contraction(nn.Module, ABC):
 
     @abstractmethod
     def prepare(self, context: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-        """The function x ↦ g(x, context), its weights brought under their norms once."""
+        """The function x ↦ g(x, context), its weights brought under their norms once.
+
+        It may have a method ``push(x, tangents)`` for products with its Jacobian; one that has none
+        is differentiated.
+        """
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Evaluate g(x, context)."""
@@ -196,25 +238,20 @@ class LipschitzMLP(Contraction):
             _uniform((after,), before, generator) for before, after in widths
         )
         self.activations = nn.ModuleList(contraction_activation(activation) for _ in hidden)
-        self.context = _context_layer(context_features, widths[0][1])
+        self.context = _context_weight(context_features, widths[0][1], generator)
         if zero_last:
             nn.init.zeros_(self.weights[-1])
             nn.init.zeros_(self.biases[-1])
 
-    def prepare(self, context: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    def prepare(self, context: Tensor | None = None) -> Prepared:
         """The function x ↦ g(x, context), its weights brought under their norms once."""
         bound = self.lipschitz ** (1 / len(self.weights))
         weights = [w * _shrink(operator_norm(w, self.norm), bound) for w in self.weights]
         biases = list(self.biases)
         if self.context is not None:
-            biases[0] = biases[0] + self.context(_required(context))
-
-        def g(x: Tensor) -> Tensor:
-            for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-                x = linear(x if i == 0 else self.activations[i - 1](x), weight) + bias
-            return x
-
-        return g
+            biases[0] = biases[0] + linear(_required(context), self.context)
+        maps = [functools.partial(linear, weight=weight) for weight in weights]
+        return Prepared(maps, biases, self.activations)
 
 
 class LipschitzConvNet(Contraction):
@@ -275,12 +312,12 @@ class LipschitzConvNet(Contraction):
             _uniform((after, 1, 1), before * k * k, generator) for (before, after), k in layers
         )
         self.activations = nn.ModuleList(contraction_activation(activation) for _ in hidden)
-        self.context = _context_layer(context_features, layers[0][0][1])
+        self.context = _context_weight(context_features, layers[0][0][1], generator)
         if zero_last:
             nn.init.zeros_(self.weights[-1])
             nn.init.zeros_(self.biases[-1])
 
-    def prepare(self, context: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    def prepare(self, context: Tensor | None = None) -> Prepared:
         """The function x ↦ g(x, context), its weights brought under their norms once."""
         bound = self.lipschitz ** (1 / len(self.weights))
         weights = [
@@ -288,18 +325,24 @@ class LipschitzConvNet(Contraction):
         ]
         biases = list(self.biases)
         if self.context is not None:
-            biases[0] = biases[0] + self.context(_required(context))[..., None, None]
+            biases[0] = biases[0] + linear(_required(context), self.context)[..., None, None]
+        maps = [functools.partial(_convolve, weight) for weight in weights]
+        return Prepared(maps, biases, self.activations)
 
-        def g(x: Tensor) -> Tensor:
-            for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-                x = x if i == 0 else self.activations[i - 1](x)
-                # conv2d knows one batch axis only
-                flat = x.reshape(-1, *x.shape[-3:])
-                y = conv2d(flat, weight, padding=weight.shape[-1] // 2)
-                x = y.reshape(*x.shape[:-3], *y.shape[-3:]) + bias
-            return x
 
-        return g
+def _with_slope(activate: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
+    if isinstance(activate, LipSwish):
+        return activate.with_slope(z)
+    value, slope, *_ = torch.func.jvp(activate, (z,), (torch.ones_like(z),))
+    return value, slope
+
+
+def _convolve(weight: Tensor, x: Tensor) -> Tensor:
+    """The zero-padded convolution of ``(*batch, channels, height, width)``."""
+    # conv2d knows one batch axis only
+    flat = x.reshape(-1, *x.shape[-3:])
+    y = conv2d(flat, weight, padding=weight.shape[-1] // 2)
+    return y.reshape(*x.shape[:-3], *y.shape[-3:])
 
 
 def _shrink(norm: Tensor, bound: float) -> Tensor:
@@ -314,8 +357,12 @@ def _uniform(
     return nn.Parameter(torch.empty(shape).uniform_(-reach, reach, generator=generator))
 
 
-def _context_layer(context_features: int, width: int) -> nn.Linear | None:
-    return nn.Linear(context_features, width, bias=False) if context_features else None
+def _context_weight(
+    context_features: int, width: int, generator: torch.Generator | None
+) -> nn.Parameter | None:
+    if not context_features:
+        return None
+    return _uniform((width, context_features), context_features, generator)
 
 
 def _required(context: Tensor | None) -> Tensor:

@@ -364,6 +364,9 @@ def _series(
 
 def _products(g: Function, x: Tensor, tangents: Tensor) -> Tensor:
     """∂g/∂x times every tangent, ``(k, *batch, *event)``."""
+    own = getattr(g, "push", None)
+    if own is not None:
+        return own(x, tangents)
     return push(lambda t, x, context: g(x), x.new_zeros(()), x, None, tangents)[1]
 
 

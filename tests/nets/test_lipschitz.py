@@ -117,3 +117,22 @@ def test_errors_say_what_was_expected():
         LipschitzConvNet((1, 2, 2), hidden=(3,), kernels=(2, 2))
     with pytest.raises(ValueError, match="pass context="):
         LipschitzMLP(2, context_features=1)(torch.zeros(2))
+
+
+@pytest.mark.parametrize("name", ["lipswish", "elu", "tanh"])
+@pytest.mark.parametrize("kind", ["vector", "image"])
+def test_products_are_the_jacobians(name, kind):
+    if kind == "vector":
+        net = LipschitzMLP(3, hidden=(5, 4), activation=name, context_features=2).double()
+        shape = (3,)
+    else:
+        net = LipschitzConvNet(
+            (2, 2, 3), hidden=(3,), kernels=(3, 1), activation=name, context_features=2
+        ).double()
+        shape = (2, 2, 3)
+    g = net.prepare(torch.randn(4, 2, dtype=torch.float64))
+    x = torch.randn(4, *shape, dtype=torch.float64)
+    tangents = torch.randn(6, 4, *shape, dtype=torch.float64)
+    pushed = g.push(x, tangents)
+    for tangent, got in zip(tangents, pushed, strict=True):
+        torch.testing.assert_close(got, torch.func.jvp(g, (x,), (tangent,))[1])
