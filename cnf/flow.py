@@ -48,6 +48,8 @@ class Flow(nn.Module):
         base: the distribution of z.
         event_shape: the shape of one x; the base's unless the transform reshapes.
         context_features: size of the context, 0 for an unconditional density.
+        standardize: False leaves x as it is whatever data comes, for a transform whose data's side
+            has units of its own: dequantisation wants integers. The context is scaled all the same.
 
     Example:
         >>> import torch
@@ -60,6 +62,7 @@ class Flow(nn.Module):
     """
 
     recipe: Recipe | None = None
+    initialized: Tensor
 
     def __init__(
         self,
@@ -68,6 +71,7 @@ class Flow(nn.Module):
         *,
         event_shape: int | Sequence[int] | None = None,
         context_features: int = 0,
+        standardize: bool = True,
     ):
         super().__init__()
         self.event_shape = as_shape(base.event_shape if event_shape is None else event_shape)
@@ -80,6 +84,8 @@ class Flow(nn.Module):
         self.transform = transform
         self.base = base
         self.scaling = Standardize(self.event_shape)
+        self.scales_data = standardize
+        self.register_buffer("initialized", torch.tensor(False))
         self.context_scaling = Standardize((context_features,)) if context_features else None
         self._compiled: dict[str, Callable[..., Mapped]] = {}
 
@@ -232,18 +238,27 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def standardize(self, x: Any, context: Any = None) -> Flow:
-        """Fill the fixed affine maps from data: x and context then have mean 0 and variance 1."""
+        """Fill the fixed affine maps from data: x and context then have mean 0 and variance 1.
+
+        A flow that was built with ``standardize=False`` scales the context alone.
+        """
         x, context = self._broadcast(x, context)
-        self.scaling.fit(x)
+        self.initialized.fill_(True)
+        if self.scales_data:
+            self.scaling.fit(x)
         if self.context_scaling is not None and context is not None:
             self.context_scaling.fit(context)
         return self
 
     @torch.no_grad()
-    def initialize(self, x: Any, context: Any = None) -> Flow:
-        """Let the transform set its data-dependent parameters (ActNorm's) from a batch."""
+    def initialize(self, x: Any, context: Any = None, request: Request | None = None) -> Flow:
+        """Let the transform set its data-dependent parameters (ActNorm's) from a batch.
+
+        A transform that draws noise draws it from the request's generator.
+        """
         x, context = self._broadcast(x, context)
-        self.transform.initialize(self.scaling.inverse(x).value, self._scaled(context))
+        self.initialized.fill_(True)
+        self.transform.initialize(self.scaling.inverse(x).value, self._scaled(context), request)
         return self
 
     # ---- the two directions ----------------------------------------------------------------

@@ -39,7 +39,7 @@ class Affine(Transform):
         log_det = -self.log_scale.sum().expand(x.shape[:-1])
         return Mapped((x - self._mean(context)) * (-self.log_scale).exp(), log_det, {})
 
-    def initialize(self, x, context=None):
+    def initialize(self, x, context=None, request=None):
         self.initialized += 1
 
 

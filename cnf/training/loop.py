@@ -17,6 +17,7 @@ from cnf.training.history import History
 from cnf.training.progress import Bar
 from cnf.training.run import Run, Settings, TrainingError
 from cnf.training.validation import Validator
+from cnf.transforms.base import Request
 
 if TYPE_CHECKING:
     from cnf.flow import Flow
@@ -155,7 +156,7 @@ def fit(
     folder = None if out is None else Path(out)
     saved = checkpoint.read(folder) if resume and folder is not None else None
     if saved is None and (initialize or (initialize is None and _untouched(flow))):
-        _initialize(flow, rows, order.size)
+        _initialize(flow, rows, order.size, noise)
     modes = {module: module.training for module in flow.modules()}
     bar = Bar(progress)
     validator = Validator(held)
@@ -201,14 +202,15 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _untouched(flow: Flow) -> bool:
-    """Whether the flow's standardisation still is what it was built with."""
+    """Whether the flow has taken nothing from data yet."""
     scaling = flow.scaling
-    return bool((scaling.loc == 0).all() and (scaling.scale == 1).all())
+    identity = bool((scaling.loc == 0).all() and (scaling.scale == 1).all())
+    return identity and not bool(flow.initialized)
 
 
-def _initialize(flow: Flow, rows: Rows, batch_size: int) -> None:
+def _initialize(flow: Flow, rows: Rows, batch_size: int, noise: torch.Generator) -> None:
     """Fill what the flow takes from data, with the training rows."""
     many = rows.batch(torch.arange(min(len(rows), STANDARDIZE_ROWS)))
     flow.standardize(many.x, many.context)
     few: list[Tensor | None] = [None if t is None else t[:batch_size] for t in many[:2]]
-    flow.initialize(few[0], few[1])
+    flow.initialize(few[0], few[1], Request(generator=noise))

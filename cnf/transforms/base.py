@@ -99,9 +99,17 @@ class Transform(nn.Module, ABC):
             The times that the path is known at, and the values there, ``(times, *batch, *event)``.
         """
         ends = torch.tensor([0.0, 1.0], dtype=z.dtype, device=z.device)
-        return ends, torch.stack([z, self(z, context, Request(log_det=False)).value])
+        x = self(z, context, Request(log_det=False)).value
+        if x.shape != z.shape:
+            raise ValueError(
+                f"{type(self).__name__} takes z of shape {tuple(z.shape)} to x of shape "
+                f"{tuple(x.shape)}, so the two cannot be stacked into one path"
+            )
+        return ends, torch.stack([z, x])
 
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+    def initialize(
+        self, x: Tensor, context: Tensor | None = None, request: Request | None = None
+    ) -> None:
         """Set data-dependent parameters from a batch on the data's side; most have none."""
 
     def latent_shape(self, event_shape: Sequence[int]) -> tuple[int, ...]:
@@ -155,7 +163,7 @@ class Chain(Transform):
         self, x: Tensor, context: Tensor | None = None, request: Request | None = None
     ) -> Mapped:
         """Map x to z through every part's inverse in reverse order."""
-        return compose(x, [part.inverse for part in reversed(self.parts)], context, request)
+        return compose(x, [part.inverse for part in reversed(list(self))], context, request)
 
     def trajectory(
         self, z: Tensor, times: Tensor, context: Tensor | None = None
@@ -176,17 +184,25 @@ class Chain(Transform):
             )
         return torch.cat(all_times), torch.cat(all_values)
 
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+    def initialize(
+        self, x: Tensor, context: Tensor | None = None, request: Request | None = None
+    ) -> None:
         """Initialise the parts from the data's end, each on what the ones after it pass on."""
-        for part in reversed(self.parts):
-            part.initialize(x, context)
-            x = part.inverse(x, context, Request(log_det=False)).value
+        request = value_only(request)
+        for part in reversed(list(self)):
+            part.initialize(x, context, request)
+            x = part.inverse(x, context, request).value
 
     def latent_shape(self, event_shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of z, carried through every part from the data's end."""
-        for part in reversed(self.parts):
+        for part in reversed(list(self)):
             event_shape = part.latent_shape(event_shape)
         return tuple(event_shape)
+
+
+def value_only(request: Request | None) -> Request:
+    """The same request for a call whose ``log_det`` nobody reads."""
+    return dataclasses.replace(request or Request(), log_det=False)
 
 
 def compose(

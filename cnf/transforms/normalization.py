@@ -47,7 +47,9 @@ class Standardize(Transform):
         self.scale.copy_(_spread(loc, variance))
         return self
 
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+    def initialize(
+        self, x: Tensor, context: Tensor | None = None, request: Request | None = None
+    ) -> None:
         """The same as ``fit``."""
         self.fit(x)
 
@@ -95,7 +97,9 @@ class ActNorm(Transform):
         self.log_scale = nn.Parameter(torch.zeros(_per_channel(self.event_shape)))
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+    def initialize(
+        self, x: Tensor, context: Tensor | None = None, request: Request | None = None
+    ) -> None:
         """Set loc and scale from ``(*batch, *event)``; a constant channel keeps scale 1.
 
         Raises:
@@ -177,7 +181,9 @@ class BatchNorm(Transform):
         return not self.training
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+    def initialize(
+        self, x: Tensor, context: Tensor | None = None, request: Request | None = None
+    ) -> None:
         """Set the running statistics from ``(*batch, *event)``.
 
         Raises:
