@@ -11,7 +11,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
 B = TypeVar("B", bound=Callable[..., Any])
@@ -158,7 +158,7 @@ def encode(value: Any, where: str = "value") -> Any:
     if _RECORDS.get(name) is type(value):
         fields = {
             field.name: encode(getattr(value, field.name), f"{where}.{field.name}")
-            for field in dataclasses.fields(value)
+            for field in dataclasses.fields(cast("Any", value))
             if field.init
         }
         return {"record": name, "fields": fields}
