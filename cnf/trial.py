@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import math
 import time
@@ -17,7 +19,8 @@ from cnf import plots
 from cnf.data import Table, Target, table, targets, toy
 from cnf.flow import Flow
 from cnf.models import models
-from cnf.ode import count_nfe
+from cnf.objectives import OBJECTIVES
+from cnf.ode import SolverError, count_nfe
 from cnf.registry import unknown_name
 from cnf.runs import Run, Source
 from cnf.training import History, fit
@@ -31,8 +34,16 @@ CHUNK = 10_000
 DRAWN = 5_000
 """Points that a picture of samples shows."""
 
-SUFFIXES: dict[str, tuple[str, ...]] = {"ml": ("likelihood",)}
+SUFFIXES: dict[str, tuple[str, ...]] = {
+    "ml": ("likelihood",),
+    "fm": ("flow-matching",),
+    "fm-ml": ("flow-matching", "likelihood"),
+}
 """What may follow the ``+`` of a model's name: the objectives it is trained with, in turn."""
+
+
+class RecipeError(ValueError):
+    """A model and a way to train it that do not go together."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,22 +131,33 @@ def split(
     return Split(source, train, held_out, last, contexts)
 
 
-def recipe(name: str) -> tuple[str, tuple[str, ...] | None]:
-    """A model's name and the objectives that follow its ``+``; None leaves them to the model.
+def recipe(
+    name: str, objectives: Sequence[str] | None = None
+) -> tuple[str, tuple[str, ...] | None]:
+    """A model's name and the objectives that train it, in turn; None leaves them to the model.
 
     >>> recipe("ffjord+ml")
     ('ffjord', ('likelihood',))
 
+    Args:
+        name: a model, and after a ``+`` one of ``SUFFIXES``.
+        objectives: the objectives' own names, instead of a suffix.
+
     Raises:
-        UnknownNameError: for a model or a suffix that nobody registered.
+        UnknownNameError: for a model, a suffix or an objective that nobody registered.
+        RecipeError: for an objective that cannot train the model.
     """
     model, plus, suffix = name.partition("+")
     entry = models[model]
-    if not plus:
-        return entry.name, None
-    if suffix not in SUFFIXES:
+    if plus and suffix not in SUFFIXES:
         raise unknown_name("training suffix", suffix, SUFFIXES)
-    return entry.name, SUFFIXES[suffix]
+    chosen = tuple(objectives) if objectives else SUFFIXES[suffix] if plus else None
+    for objective in chosen or ():
+        if objective not in OBJECTIVES:
+            raise unknown_name("objective", objective, OBJECTIVES)
+        if objective == "flow-matching" and entry.family != "continuous":
+            raise RecipeError(f"flow matching trains continuous flows; {model} has no velocity")
+    return entry.name, chosen
 
 
 def train(
@@ -169,7 +191,7 @@ def train(
         objectives: names of objectives, in turn; None leaves them to the model.
         progress: whether to show a progress bar; None shows it in a terminal.
     """
-    model, own = recipe(name)
+    model, objective = recipe(name, objectives)
     context, held_context, _ = data.contexts
     with torch.random.fork_rng(devices=[]):
         torch.random.manual_seed(seed)
@@ -177,21 +199,43 @@ def train(
             data.train.shape[-1],
             context_features=0 if context is None else context.shape[-1],
         )
+    flow.to(_device(device), dtype)
+    _rehearse(flow, data)
     chosen: dict[str, Any] = {"batch_size": batch_size, "lr": lr}
     history = fit(
-        flow.to(dtype),
+        flow,
         data.train,
         context=context,
-        objective=objectives or own,
+        objective=objective,
         validation=data.validation if held_context is None else (data.validation, held_context),
         steps=steps,
         seconds=60.0 if seconds is None and steps is None else seconds,
         seed=seed,
-        device=device,
         progress=progress,
         **{argument: value for argument, value in chosen.items() if value is not None},
     )
     return flow, history
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _rehearse(flow: Flow, data: Split) -> None:
+    """Score and differentiate a few rows with a copy of the flow.
+
+    What torch loads and sets up at its first such call would else be taken from the training time
+    of whichever model comes first.
+    """
+    copied = copy.deepcopy(flow)
+    x, context = _rows(data.train, data.contexts[0], 64)
+    x = x.to(flow.device, flow.dtype)
+    context = None if context is None else context.to(flow.device, flow.dtype)
+    # a flow that cannot be solved yet is for fit to report
+    with contextlib.suppress(SolverError):
+        copied.log_prob(x, context).sum().backward()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from cnf.ode import SolverError
 from cnf.registry import UnknownNameError
 from cnf.runs import COMPARISON, OutputError, claim, kind, open_run, resolve
 from cnf.training import History
-from cnf.trial import Row, measure, recipe, split
+from cnf.trial import RecipeError, Row, measure, recipe, split
 
 # the package's function of that name stands before the module
 comparing = importlib.import_module("cnf.compare")
@@ -108,6 +108,9 @@ def test_a_recipe_names_a_model_and_how_to_train_it() -> None:
     assert recipe("nsf+ml") == ("nsf", ("likelihood",))
     with pytest.raises(UnknownNameError, match="no model is called 'nfs'"):
         recipe("nfs")
+    assert recipe("ffjord+fm-ml") == ("ffjord", ("flow-matching", "likelihood"))
+    with pytest.raises(RecipeError, match="maf has no velocity"):
+        recipe("maf", ["flow-matching"])
     with pytest.raises(UnknownNameError, match="no training suffix is called 'xy'"):
         recipe("nsf+xy")
 

@@ -12,6 +12,7 @@ from cnf.ode import SolverError
 from cnf.registry import UnknownNameError
 from cnf.storage import LoadError
 from cnf.training import TrainingError
+from cnf.trial import RecipeError
 
 app = typer.Typer(
     name="cnf",
@@ -92,6 +93,7 @@ EXPECTED = (
     LoadError,
     SolverError,
     TrainingError,
+    RecipeError,
     FloatingPointError,
     OSError,
     ImportError,

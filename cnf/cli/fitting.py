@@ -25,8 +25,6 @@ from cnf.cli.app import (
     usable,
 )
 from cnf.compare import MODELS, compare
-from cnf.objectives import OBJECTIVES
-from cnf.registry import unknown_name
 from cnf.runs import RUN, claim, resolve, write_run
 from cnf.trial import measure, recipe, split, train
 
@@ -140,10 +138,7 @@ def fit_command(
         dequantize=dequantize,
         seed=seed,
     )
-    recipe(model)
-    for name in listed(objective) or ():
-        if name not in OBJECTIVES:
-            raise unknown_name("objective", name, OBJECTIVES)
+    recipe(model, listed(objective))
     parts = split(found, seed=seed, test=False)
     folder = claim(out, RUN)
     flow, history = train(
