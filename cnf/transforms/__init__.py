@@ -4,7 +4,14 @@ from cnf.transforms.autoregressive import Autoregressive
 from cnf.transforms.base import Chain, Inverse, Mapped, Request, Transform
 from cnf.transforms.continuous import Continuous
 from cnf.transforms.convolution import Convolution1x1
-from cnf.transforms.coupling import Coupling, alternating_mask, half_mask, random_mask
+from cnf.transforms.coupling import (
+    Coupling,
+    alternating_mask,
+    channel_mask,
+    half_mask,
+    random_mask,
+)
+from cnf.transforms.dequantize import Dequantize
 from cnf.transforms.elementwise import Elementwise
 from cnf.transforms.linear import (
     Diagonal,
@@ -18,7 +25,9 @@ from cnf.transforms.linear import (
     SVDLinear,
     Triangular,
 )
+from cnf.transforms.multiscale import Multiscale
 from cnf.transforms.normalization import ActNorm, BatchNorm, Standardize
+from cnf.transforms.pixels import Checkerboard, Squeeze
 from cnf.transforms.planar import Planar, Radial, Sylvester
 from cnf.transforms.residual import ExactLogDet, Residual, TruncatedLogDet, UnbiasedLogDet
 
@@ -27,9 +36,11 @@ __all__ = [
     "Autoregressive",
     "BatchNorm",
     "Chain",
+    "Checkerboard",
     "Continuous",
     "Convolution1x1",
     "Coupling",
+    "Dequantize",
     "Diagonal",
     "Elementwise",
     "ExactLogDet",
@@ -39,6 +50,7 @@ __all__ = [
     "Linear",
     "Mapped",
     "MatrixExponential",
+    "Multiscale",
     "Permutation",
     "Planar",
     "QRLinear",
@@ -47,6 +59,7 @@ __all__ = [
     "Residual",
     "Rotation",
     "SVDLinear",
+    "Squeeze",
     "Standardize",
     "Sylvester",
     "Transform",
@@ -54,6 +67,7 @@ __all__ = [
     "TruncatedLogDet",
     "UnbiasedLogDet",
     "alternating_mask",
+    "channel_mask",
     "half_mask",
     "random_mask",
 ]

@@ -36,6 +36,15 @@ def random_mask(features: int, generator: torch.Generator | None = None) -> Tens
     return half_mask(features)[torch.randperm(features, generator=generator)]
 
 
+def channel_mask(channels: int, flip: bool = False) -> Tensor:
+    """``half_mask`` over the channels of an image, ``(channels, 1, 1)``.
+
+    >>> channel_mask(4).shape
+    torch.Size([4, 1, 1])
+    """
+    return half_mask(channels, flip)[:, None, None]
+
+
 class Coupling(Transform):
     """x_A = z_A and x_B = τ(z_B; θ(x_A, context)), with a scalar map τ and any network θ.
 
@@ -45,8 +54,10 @@ class Coupling(Transform):
     Args:
         scalar_map: τ.
         conditioner: θ, called with x_A ``(*batch, |A|)`` and the context; gives
-            ``(*batch, |B| · scalar_map.size)`` or ``(*batch, |B|, scalar_map.size)``.
-        mask: boolean, ``(features,)``: True for the features that are transformed (B).
+            ``(*batch, |B| · scalar_map.size)`` or ``(*batch, |B|, scalar_map.size)``. For images
+            it takes ``(*batch, |A|, height, width)`` and has its outputs on the channels' axis.
+        mask: boolean, ``(features,)``: True for the features that are transformed (B). For images
+            ``(channels, 1, 1)``; a checkerboard is ``Checkerboard`` around such a coupling.
         identity_map: what to do with the other part (x_A) instead of leaving it alone: a transform
             of ``(|A|,)``, for instance an elementwise one. The conditioner sees the data's side.
 
@@ -73,22 +84,23 @@ class Coupling(Transform):
         identity_map: Transform | None = None,
     ):
         super().__init__()
-        if mask.dim() != 1 or mask.dtype != torch.bool:
+        if mask.shape not in ((mask.numel(),), (mask.numel(), 1, 1)) or mask.dtype != torch.bool:
             raise ValueError(
-                f"a coupling mask is boolean with shape (features,), got {mask.dtype} with shape "
-                f"{tuple(mask.shape)}"
+                f"a coupling mask is boolean with shape (features,), for images (channels, 1, 1), "
+                f"got {mask.dtype} with shape {tuple(mask.shape)}"
             )
         if mask.all() or not mask.any():
             raise ValueError(
-                f"the coupling mask {mask.tolist()} must be True for some features (transformed) "
-                "and False for some (what the others are conditioned on); with one feature, use "
-                "Elementwise with a conditioner"
+                f"the coupling mask {mask.flatten().tolist()} must be True for some features "
+                "(transformed) and False for some (what the others are conditioned on); with one "
+                "feature, use Elementwise with a conditioner"
             )
         self.scalar_map = scalar_map
         self.conditioner = conditioner
         self.identity_map = identity_map
+        self.axis = -mask.dim()  # the one that is split
         self.sizes = (int((~mask).sum()), int(mask.sum()))
-        split = mask.int().argsort(stable=True)
+        split = mask.flatten().int().argsort(stable=True)
         self.register_buffer("split", split)
         self.register_buffer("merge", split.argsort())
 
@@ -122,32 +134,36 @@ class Coupling(Transform):
 
     def _parts(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """The part that conditions and the part that is transformed."""
-        if value.shape[-1] != sum(self.sizes):
+        if value.dim() < -self.axis or value.shape[self.axis] != sum(self.sizes):
+            kind = (
+                "features" if self.axis == -1 else "channels of (*batch, channels, height, width)"
+            )
             raise ValueError(
-                f"this coupling was built for {sum(self.sizes)} features, got a tensor of shape "
+                f"this coupling was built for {sum(self.sizes)} {kind}, got a tensor of shape "
                 f"{tuple(value.shape)}"
             )
-        left, right = value.index_select(-1, self.split).split(self.sizes, -1)
+        left, right = value.index_select(self.axis, self.split).split(self.sizes, self.axis)
         return left, right
 
     def _condition(self, left: Tensor, context: Tensor | None) -> Tensor:
-        """The scalar map's parameters, ``(*batch, |B|, size)``."""
+        """The scalar map's parameters, ``(*batch, |B|, size)``, for images ``(…, size)`` too."""
         parameters = self.conditioner(left, context)
-        batch, wanted = left.shape[:-1], (self.sizes[1], self.scalar_map.size)
-        if parameters.shape == (*batch, *wanted):
-            return parameters
-        if parameters.shape == (*batch, wanted[0] * wanted[1]):
-            return parameters.unflatten(-1, wanted)
+        batch, pixels = left.shape[: self.axis], left.shape[left.dim() + self.axis + 1 :]
+        wanted = (self.sizes[1], self.scalar_map.size)
+        if parameters.shape == (*batch, *wanted, *pixels):
+            return parameters.movedim(self.axis, -1)
+        if parameters.shape == (*batch, wanted[0] * wanted[1], *pixels):
+            return parameters.unflatten(self.axis, wanted).movedim(self.axis, -1)
         raise ValueError(
             f"the conditioner of a coupling that transforms {wanted[0]} features by "
-            f"{self.scalar_map} must return shape {(*batch, wanted[0] * wanted[1])}, got "
+            f"{self.scalar_map} must return shape {(*batch, wanted[0] * wanted[1], *pixels)}, got "
             f"{tuple(parameters.shape)}"
         )
 
     def _mapped(self, left: Tensor, right: Tensor, terms: Tensor, rest: Mapped | None) -> Mapped:
         """Put the parts together again."""
-        value = torch.cat([left, right], -1).index_select(-1, self.merge)
-        log_det = terms.sum(-1)
+        value = torch.cat([left, right], self.axis).index_select(self.axis, self.merge)
+        log_det = terms.sum(tuple(range(self.axis, 0)))
         if rest is None:
             return Mapped(value, log_det, {})
         return Mapped(value, log_det + rest.log_det, rest.costs)
