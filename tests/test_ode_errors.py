@@ -1,4 +1,4 @@
-"""Solves that cannot work: each ends in its named error, within seconds, whatever Python's flags."""
+"""Solves that cannot work: each ends in its named error, in seconds, whatever Python's flags."""
 
 from __future__ import annotations
 

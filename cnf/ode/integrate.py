@@ -265,14 +265,12 @@ class Problem:
                 stepper.grid(times.tolist(), size)
             )
         if method in ADAPTIVE:
-            # without a step to land on, the field would be evaluated beyond the last time; and
-            # only dopri5 interpolates about as well as it steps
-            every = backward or method != "dopri5"
-            landings = self.points if every else self.points[-1:]
+            # without a step to land on, the field would be evaluated beyond the last time, and
+            # the solution interpolated, which loses digits under every method
             # the backward pass counts time in the direction of the forward pass
             sign = self.watch.sign if backward else 1.0
             jumps = {sign * t for t in options.get("jump_t", ())}
-            steps = {sign * t for t in (*options.get("step_t", ()), *landings)} - jumps
+            steps = {sign * t for t in (*options.get("step_t", ()), *self.points)} - jumps
             for key, values in (("step_t", steps), ("jump_t", jumps)):
                 if values:
                     options[key] = torch.tensor(sorted(values), dtype=torch.float64)
