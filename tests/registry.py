@@ -13,12 +13,13 @@ from torch import nn
 
 import cnf
 from cnf.bijections import Affine, RationalQuadratic
-from cnf.nets import MADE, MLP, TimeMLP
+from cnf.nets import MADE, MLP, ConvNet, GatedAttention, ResNet, TimeMLP
 from cnf.transforms import (
     ActNorm,
     Autoregressive,
     BatchNorm,
     Chain,
+    Checkerboard,
     Continuous,
     Convolution1x1,
     Coupling,
@@ -28,13 +29,16 @@ from cnf.transforms import (
     Inverse,
     LULinear,
     MatrixExponential,
+    Multiscale,
     Permutation,
     QRLinear,
     Rotation,
+    Squeeze,
     Standardize,
     SVDLinear,
     Transform,
     Triangular,
+    channel_mask,
     half_mask,
 )
 
@@ -52,6 +56,7 @@ class Member:
         name: what the test report calls it.
         build: makes a fresh one, given the solver for whatever is continuous in it.
         event: the shape of one sample.
+        latent: the shape of one z of a transform, where it is another than the sample's.
         context: the size of its context, 0 for none.
         tolerance: of a round trip in float64.
         tolerance32: of a round trip in float32.
@@ -63,6 +68,7 @@ class Member:
     context: int = 0
     tolerance: float = 1e-9
     tolerance32: float = 1e-4
+    latent: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -83,6 +89,10 @@ def spline_coupling(solver: cnf.Solver = TIGHT) -> Transform:
 def spline_autoregressive(solver: cnf.Solver = TIGHT) -> Transform:
     spline = RationalQuadratic(bins=4, bound=3.0)
     return Autoregressive(spline, MADE(3, spline.size, hidden=(8,)))
+
+
+def image_coupling(net: nn.Module, channels: int) -> Transform:
+    return Coupling(Affine(), net, channel_mask(channels))
 
 
 TRANSFORMS = [
@@ -122,6 +132,42 @@ TRANSFORMS = [
     Member("SVD", lambda solver: SVDLinear(3)),
     Member("matrix exponential", lambda solver: MatrixExponential(3)),
     Member("1x1 convolution", lambda solver: Convolution1x1(LULinear(2)), event=(2, 2, 2)),
+    Member("squeeze", lambda solver: Squeeze(), event=(1, 4, 2), latent=(4, 2, 1)),
+    Member("checkerboard", lambda solver: Checkerboard(), event=(1, 3, 4), latent=(2, 3, 2)),
+    Member(
+        "channel coupling",
+        lambda solver: image_coupling(ConvNet(1, 4, hidden=(4, 4)), 3),
+        event=(3, 2, 2),
+    ),
+    Member(
+        "channel coupling with context",
+        lambda solver: image_coupling(ResNet(1, 2, hidden=(4,), context_features=2), 2),
+        event=(2, 2, 2),
+        context=2,
+    ),
+    Member(
+        "checkerboard coupling, attention",
+        lambda solver: Chain(
+            [
+                Inverse(Checkerboard()),
+                image_coupling(GatedAttention(1, 2, (2, 1), hidden=(4,), heads=2), 2),
+                Checkerboard(),
+            ]
+        ),
+        event=(1, 2, 2),
+    ),
+    Member(
+        "multiscale",
+        lambda solver: Multiscale(
+            [
+                Chain([image_coupling(ConvNet(2, 4, hidden=(4,)), 4), Squeeze()]),
+                Chain([image_coupling(ConvNet(4, 8, hidden=(4,)), 8), Squeeze()]),
+            ],
+            (1, 4, 4),
+        ),
+        event=(1, 4, 4),
+        latent=(16,),
+    ),
     Member("act norm", lambda solver: ActNorm((3,))),
     Member("batch norm", lambda solver: BatchNorm((3,)).eval()),
     Member("standardize", lambda solver: Standardize((3,)).fit(torch.randn(9, 3) * 2 + 1)),

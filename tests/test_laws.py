@@ -28,9 +28,12 @@ def make(member: Member, dtype: torch.dtype = F64, spread: float = 0.3) -> nn.Mo
     return module.to(dtype)
 
 
-def points(member: Member, *batch: int, dtype: torch.dtype = F64, seed: int = 1) -> Tensor:
+def points(
+    member: Member, *batch: int, dtype: torch.dtype = F64, seed: int = 1, latent: bool = False
+) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*batch, *member.event, generator=generator, dtype=F64).to(dtype)
+    event = (member.latent or member.event) if latent else member.event
+    return torch.randn(*batch, *event, generator=generator, dtype=F64).to(dtype)
 
 
 def contexts(member: Member, *batch: int, dtype: torch.dtype = F64) -> Tensor | None:
@@ -52,12 +55,14 @@ class TestTransforms:
     @pytest.mark.parametrize("batch", BATCHES, ids=str)
     @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
     def test_inverse_undoes_forward(self, member, batch, dtype):
-        transform, z = make(member, dtype), points(member, *batch, dtype=dtype)
+        transform, z = make(member, dtype), points(member, *batch, dtype=dtype, latent=True)
         context = contexts(member, *batch, dtype=dtype)
         with torch.no_grad():
             there = transform(z, context)
             back = transform.inverse(there.value, context)
-        assert there.value.shape == z.shape
+        assert there.value.shape == (*batch, *member.event)
+        assert transform.latent_shape(member.event) == (member.latent or member.event)
+        assert transform.data_shape(member.latent or member.event) == member.event
         assert there.log_det.shape == batch
         assert there.value.dtype == there.log_det.dtype == back.value.dtype == dtype
         tolerance = member.tolerance if dtype == F64 else member.tolerance32
@@ -68,7 +73,8 @@ class TestTransforms:
 
     @pytest.mark.parametrize("direction", ["forward", "inverse"])
     def test_log_det_is_the_jacobians(self, member, direction):
-        transform, z, context = make(member), points(member), contexts(member)
+        transform, context = make(member), contexts(member)
+        z = points(member, latent=direction == "forward")
         apply = getattr(transform, direction)
         jacobian = torch.autograd.functional.jacobian(lambda z: apply(z, context).value, z)
         size = math.prod(member.event)
@@ -76,7 +82,7 @@ class TestTransforms:
         torch.testing.assert_close(apply(z, context).log_det, expected, atol=1e-7, rtol=1e-7)
 
     def test_samples_do_not_see_each_other(self, member):
-        transform, z = make(member), points(member, 4)
+        transform, z = make(member), points(member, 4, latent=True)
         context = contexts(member, 4)
         together = transform(z, context)
         alone = transform(z[1], None if context is None else context[1])
@@ -84,7 +90,8 @@ class TestTransforms:
         torch.testing.assert_close(together.log_det[1], alone.log_det, atol=1e-8, rtol=1e-8)
 
     def test_copies_agree(self, member):
-        transform, z, context = make(member), points(member, 3), contexts(member, 3)
+        transform, context = make(member), contexts(member, 3)
+        z = points(member, 3, latent=True)
         expected = transform(z, context).value
         for twin in (copy.deepcopy(transform), pickle.loads(pickle.dumps(transform))):
             assert torch.equal(twin(z, context).value, expected)
@@ -92,7 +99,7 @@ class TestTransforms:
 
     def test_result_is_the_record(self, member):
         transform = make(member)
-        mapped = transform(points(member, 2), contexts(member, 2))
+        mapped = transform(points(member, 2, latent=True), contexts(member, 2))
         assert isinstance(mapped, Mapped)
         assert mapped.costs == {}
         assert isinstance(transform.bijective, bool)

@@ -116,6 +116,10 @@ class Transform(nn.Module, ABC):
         """The shape of one latent ``z`` when one ``x`` has shape ``event_shape``."""
         return tuple(event_shape)
 
+    def data_shape(self, latent_shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of one ``x`` when one latent ``z`` has shape ``latent_shape``."""
+        return tuple(latent_shape)
+
 
 class Chain(Transform):
     """Transforms one after the other, in the order in which ``forward`` applies them.
@@ -199,6 +203,12 @@ class Chain(Transform):
             event_shape = part.latent_shape(event_shape)
         return tuple(event_shape)
 
+    def data_shape(self, latent_shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of x, carried through every part from the base's end."""
+        for part in self:
+            latent_shape = part.data_shape(latent_shape)
+        return tuple(latent_shape)
+
 
 def value_only(request: Request | None) -> Request:
     """The same request for a call whose ``log_det`` nobody reads."""
@@ -260,3 +270,11 @@ class Inverse(Transform):
     ) -> Mapped:
         """Map x to z by the part's forward."""
         return self.part.forward(x, context, request)
+
+    def latent_shape(self, event_shape: Sequence[int]) -> tuple[int, ...]:
+        """What the part makes of a z of that shape."""
+        return self.part.data_shape(event_shape)
+
+    def data_shape(self, latent_shape: Sequence[int]) -> tuple[int, ...]:
+        """What the part makes of an x of that shape."""
+        return self.part.latent_shape(latent_shape)

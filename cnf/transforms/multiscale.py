@@ -103,6 +103,10 @@ class Multiscale(Transform):
             )
         return (math.prod(self.event_shape),)
 
+    def data_shape(self, latent_shape: Sequence[int]) -> tuple[int, ...]:
+        """The image."""
+        return self.event_shape
+
     def extra_repr(self) -> str:
         """The event's shape."""
         return f"event_shape={self.event_shape}"

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from cnf.transforms.base import Mapped, Request, Transform
 
@@ -27,21 +26,21 @@ class Rearrangement(Transform):
         self, z: Tensor, context: Tensor | None = None, request: Request | None = None
     ) -> Mapped:
         """Map z to x."""
-        return self._mapped(z, self.scatter)
+        return self._mapped(z, self.data_shape, self.scatter)
 
     def inverse(
         self, x: Tensor, context: Tensor | None = None, request: Request | None = None
     ) -> Mapped:
         """Map x to z."""
-        self.latent_shape(x.shape[-3:])
-        return self._mapped(x, self.gather)
+        return self._mapped(x, self.latent_shape, self.gather)
 
     @staticmethod
-    def _mapped(value: Tensor, move: Callable[[Tensor], Tensor]) -> Mapped:
-        if value.dim() < 3:
-            raise ValueError(
-                f"expected (*batch, channels, height, width), got {tuple(value.shape)}"
-            )
+    def _mapped(
+        value: Tensor,
+        shape: Callable[[Sequence[int]], tuple[int, ...]],
+        move: Callable[[Tensor], Tensor],
+    ) -> Mapped:
+        shape(value.shape[-3:])  # refuses what cannot be moved
         return Mapped(move(value), value.new_zeros(value.shape[:-3]), {})
 
 
@@ -69,16 +68,13 @@ class Squeeze(Rearrangement):
 
     def gather(self, x: Tensor) -> Tensor:
         """Squares to channels."""
-        return pixel_unshuffle(x, self.factor)
+        squares = x.unflatten(-1, (-1, self.factor)).unflatten(-3, (-1, self.factor))
+        return squares.movedim((-3, -1), (-4, -3)).flatten(-5, -3)
 
     def scatter(self, z: Tensor) -> Tensor:
         """Channels to squares."""
-        if z.shape[-3] % self.factor**2:
-            raise ValueError(
-                f"Squeeze({self.factor}) unpacks {self.factor**2} channels into one, got "
-                f"{z.shape[-3]} channels"
-            )
-        return pixel_shuffle(z, self.factor)
+        squares = z.unflatten(-3, (-1, self.factor, self.factor))
+        return squares.movedim((-4, -3), (-3, -1)).flatten(-2).flatten(-3, -2)
 
     def latent_shape(self, event_shape: Sequence[int]) -> tuple[int, ...]:
         """More channels, fewer pixels."""
@@ -90,6 +86,16 @@ class Squeeze(Rearrangement):
             )
         factor = self.factor
         return channels * factor**2, height // factor, width // factor
+
+    def data_shape(self, latent_shape: Sequence[int]) -> tuple[int, ...]:
+        """Fewer channels, more pixels."""
+        channels, height, width = image_shape(latent_shape)
+        if channels % self.factor**2:
+            raise ValueError(
+                f"Squeeze({self.factor}) unpacks {self.factor**2} channels into one, got "
+                f"{channels} channels"
+            )
+        return channels // self.factor**2, height * self.factor, width * self.factor
 
     def extra_repr(self) -> str:
         """The side of a square."""
@@ -118,10 +124,6 @@ class Checkerboard(Rearrangement):
 
     def scatter(self, z: Tensor) -> Tensor:
         """Channels to colours."""
-        if z.shape[-3] % 2:
-            raise ValueError(
-                f"Checkerboard needs as many white as black, got {z.shape[-3]} channels"
-            )
         white, black = z.chunk(2, -3)
         swap = _odd_rows(white)
         first, second = torch.where(swap, black, white), torch.where(swap, white, black)
@@ -133,6 +135,13 @@ class Checkerboard(Rearrangement):
         if width % 2:
             raise ValueError(f"a checkerboard needs an even width, got images of {height}×{width}")
         return 2 * channels, height, width // 2
+
+    def data_shape(self, latent_shape: Sequence[int]) -> tuple[int, ...]:
+        """Half the channels, twice the width."""
+        channels, height, width = image_shape(latent_shape)
+        if channels % 2:
+            raise ValueError(f"Checkerboard needs as many white as black, got {channels} channels")
+        return channels // 2, height, 2 * width
 
 
 def _odd_rows(like: Tensor) -> Tensor:
