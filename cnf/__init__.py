@@ -15,14 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 from cnf import bijections, data, nets, transforms
 from cnf.compare import Comparison, compare
-from cnf.costs import JacobianNorm, KineticEnergy
+from cnf.costs import (
+    DiagonalNorm,
+    DirectionalDerivative,
+    HJBResidual,
+    JacobianNorm,
+    KineticEnergy,
+    OffDiagonalNorm,
+    TaylorDerivative,
+    VelocityNorm,
+)
 from cnf.data import DataError
 from cnf.data.table import DataWarning
 from cnf.distributions import Base, Normal
-from cnf.divergence import Exact, Hutchinson
+from cnf.divergence import CoupledBatchError, Exact, Hutchinson, HutchPlusPlus
 from cnf.flow import Evaluation, Flow
 from cnf.models import ffjord, iaf, maf, models, nice, nsf, realnvp
-from cnf.objectives import Batch, Loss, MaximumLikelihood, Objective
+from cnf.objectives import Batch, FlowMatching, Loss, MaximumLikelihood, Objective
 from cnf.ode import (
     NonFiniteState,
     SecondOrderGradient,
@@ -44,13 +53,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Base", "Batch", "Chain", "Comparison", "Continuous", "DataError", "DataWarning",
-    "Evaluation", "Exact", "Flow", "FlowDensity", "History", "Hutchinson", "Inverse",
-    "JacobianNorm", "KineticEnergy", "LoadError", "Loss", "Mapped", "MaximumLikelihood",
-    "NonFiniteState", "Normal", "Objective", "Request", "SecondOrderGradient", "Solver",
-    "SolverError", "SolverWarning", "StepUnderflow", "TooManySteps", "TrainingError",
-    "Transform", "UnknownNameError", "bijections", "compare", "count_nfe", "data", "ffjord",
-    "fit", "iaf", "load", "maf", "models", "nets", "nice", "nsf", "realnvp", "transforms",
+    "Base", "Batch", "Chain", "Comparison", "Continuous", "CoupledBatchError", "DataError",
+    "DataWarning", "DiagonalNorm", "DirectionalDerivative", "Evaluation", "Exact", "Flow",
+    "FlowDensity", "FlowMatching", "HJBResidual", "History", "HutchPlusPlus", "Hutchinson",
+    "Inverse", "JacobianNorm", "KineticEnergy", "LoadError", "Loss", "Mapped",
+    "MaximumLikelihood", "NonFiniteState", "Normal", "Objective", "OffDiagonalNorm", "Request",
+    "SecondOrderGradient", "Solver", "SolverError", "SolverWarning", "StepUnderflow",
+    "TaylorDerivative", "TooManySteps", "TrainingError", "Transform", "UnknownNameError",
+    "VelocityNorm", "bijections", "compare", "count_nfe", "data", "ffjord", "fit", "iaf", "load",
+    "maf", "models", "nets", "nice", "nsf", "realnvp", "transforms",
 ]  # fmt: skip
 
 

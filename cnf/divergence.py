@@ -28,6 +28,8 @@ class Linearization(NamedTuple):
         samples: independent estimates whose mean is ``divergence``, ``(n, *batch)``; None if exact.
         probes: the directions u that were pushed through J, ``(k, *batch, *event)``, or None.
         products: J·u for each probe, or None where nobody asked for them.
+        weights: w such that Σ w u uᵀ is the identity or has it for its mean, ``(k,)``; one number
+            stands for k equal ones.
     """
 
     velocity: Tensor
@@ -35,6 +37,11 @@ class Linearization(NamedTuple):
     samples: Tensor | None = None
     probes: Tensor | None = None
     products: Tensor | None = None
+    weights: Tensor | float = 1.0
+
+
+class CoupledBatchError(ValueError):
+    """A field whose velocity at one sample depends on another sample."""
 
 
 class Divergence(ABC):
@@ -51,8 +58,23 @@ class Divergence(ABC):
         return 1
 
     @abstractmethod
-    def draw(self, field: Field, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Draw what one solve over states like ``x`` keeps fixed: probes, or a basis."""
+    def draw(
+        self,
+        field: Field,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Draw what one solve keeps fixed, probes or a basis, given the state that it starts from.
+
+        Args:
+            field: as in a call.
+            t: the time at which the solve starts.
+            x: the state there, ``(*batch, *event)``.
+            context: ``(*batch, context_features)`` or None.
+            generator: where the randomness comes from.
+        """
 
     @abstractmethod
     def __call__(
@@ -91,7 +113,8 @@ class Exact(Divergence):
         >>> import torch
         >>> field = lambda t, x, context: x * torch.tensor([1.0, 2.0])
         >>> exact, x = Exact(), torch.ones(3, 2)
-        >>> exact(field, torch.tensor(0.0), x, None, exact.draw(field, x, None)).divergence
+        >>> t = torch.tensor(0.0)
+        >>> exact(field, t, x, None, exact.draw(field, t, x, None, None)).divergence
         tensor([3., 3., 3.])
     """
 
@@ -101,7 +124,14 @@ class Exact(Divergence):
         if self.chunk is not None:
             positive("chunk", self.chunk)
 
-    def draw(self, field: Field, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    def draw(
+        self,
+        field: Field,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
         """The basis vectors, with batch axes of size one."""
         batch_dims = x.dim() - event_dims(field)
         event = x.shape[batch_dims:]
@@ -151,8 +181,9 @@ class Hutchinson(Divergence):
         >>> import torch
         >>> field = lambda t, x, context: x * torch.tensor([1.0, 2.0])
         >>> estimate, x = Hutchinson(), torch.ones(3, 2)
-        >>> noise = estimate.draw(field, x, torch.Generator().manual_seed(0))
-        >>> estimate(field, torch.tensor(0.0), x, None, noise).divergence  # exact: J is diagonal
+        >>> t, generator = torch.tensor(0.0), torch.Generator().manual_seed(0)
+        >>> noise = estimate.draw(field, t, x, None, generator)
+        >>> estimate(field, t, x, None, noise).divergence  # exact: J is diagonal
         tensor([3., 3., 3.])
     """
 
@@ -161,8 +192,7 @@ class Hutchinson(Divergence):
 
     def __post_init__(self) -> None:
         positive("probes", self.probes)
-        if self.noise not in ("rademacher", "gaussian"):
-            raise ValueError(f"noise is 'rademacher' or 'gaussian', got {self.noise!r}")
+        known_noise(self.noise)
 
     @property
     def stochastic(self) -> bool:
@@ -174,7 +204,14 @@ class Hutchinson(Divergence):
         """One per probe."""
         return self.probes
 
-    def draw(self, field: Field, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    def draw(
+        self,
+        field: Field,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
         """Draw the probes of one solve, ``(probes, *x.shape)``."""
         return draw_probes((self.probes, *x.shape), self.noise, x, generator)
 
@@ -190,7 +227,93 @@ class Hutchinson(Divergence):
         """Evaluate the field and the estimate of its divergence."""
         velocity, images = push(field, t, x, context, noise)
         samples = inner(noise, images, event_dims(field))
-        return Linearization(velocity, samples.mean(0), samples, noise, images)
+        return Linearization(velocity, samples.mean(0), samples, noise, images, 1 / self.probes)
+
+
+@record
+@dataclasses.dataclass(frozen=True)
+class HutchPlusPlus(Divergence):
+    """tr J = tr(QᵀJQ) + tr(PJP), P = I - QQᵀ: exact on a few directions, Hutchinson on the rest.
+
+    Each sample's basis Q spans what J makes of random vectors at the start of the solve (one
+    evaluation more) and stays fixed, so that the estimate is unbiased at every time; its variance
+    is Hutchinson's of PJP, small where a few directions carry most of J.
+
+    Args:
+        probes: how many probes estimate the rest.
+        rank: how many directions are exact; no more than the event has entries.
+        noise: ``"rademacher"`` (±1) or ``"gaussian"``.
+
+    Paper: Meyer et al., "Hutch++: Optimal stochastic trace estimation", SOSA 2021.
+
+    Example:
+        >>> import torch
+        >>> field = lambda t, x, context: x.sum(-1, keepdim=True).expand_as(x)  # J has rank one
+        >>> estimate, t, x = HutchPlusPlus(rank=1), torch.tensor(0.0), torch.ones(3, 4)
+        >>> noise = estimate.draw(field, t, x, None, torch.Generator().manual_seed(0))
+        >>> trace = estimate(field, t, x, None, noise).divergence
+        >>> torch.allclose(trace, torch.tensor(4.0))
+        True
+    """
+
+    probes: int = 1
+    rank: int = 2
+    noise: Literal["rademacher", "gaussian"] = "gaussian"
+
+    def __post_init__(self) -> None:
+        positive("probes", self.probes)
+        positive("rank", self.rank)
+        known_noise(self.noise)
+
+    @property
+    def stochastic(self) -> bool:
+        """True: the answer depends on the probes."""
+        return True
+
+    @property
+    def estimates(self) -> int:
+        """One per probe."""
+        return self.probes
+
+    @torch.no_grad()
+    def draw(
+        self,
+        field: Field,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """The basis and the probes, which are orthogonal to it: ``(rank + probes, *x.shape)``."""
+        batch_dims = x.dim() - event_dims(field)
+        rank = min(self.rank, x.shape[batch_dims:].numel())
+        noise = draw_probes((rank + self.probes, *x.shape), self.noise, x, generator)
+        _, images = push(field, t, x, context, noise[:rank])
+        # one matrix per sample, (*batch, entries, columns)
+        columns, probes = (
+            vectors.flatten(1 + batch_dims).movedim(0, -1) for vectors in (images, noise[rank:])
+        )
+        basis = torch.linalg.qr(columns).Q
+        rest = probes - basis @ (basis.mT @ probes)
+        return torch.cat([basis, rest], -1).movedim(-1, 0).reshape(noise.shape)
+
+    def __call__(
+        self,
+        field: Field,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None,
+        noise: Tensor,
+        products: bool = False,
+    ) -> Linearization:
+        """Evaluate the field and the estimate of its divergence."""
+        velocity, images = push(field, t, x, context, noise)
+        terms = inner(noise, images, event_dims(field))
+        rank = noise.shape[0] - self.probes
+        samples = terms[:rank].sum(0) + terms[rank:]
+        weights = x.new_ones(noise.shape[0])
+        weights[rank:] /= self.probes
+        return Linearization(velocity, samples.mean(0), samples, noise, images, weights)
 
 
 def event_dims(field: Field) -> int:
@@ -220,7 +343,8 @@ def push(
     """The velocity and J·u for every tangent u, in one pass where the field allows it.
 
     A field with a method ``push(t, x, context, tangents)`` does it itself; others go through
-    forward-mode differentiation under ``vmap``, or one tangent at a time where ``vmap`` cannot.
+    forward-mode differentiation under ``vmap``, or one tangent at a time where ``vmap`` cannot
+    (Python's control flow depends on what is differentiated, or an operation does not know it).
 
     Args:
         field: called as ``field(t, x, context)``.
@@ -237,15 +361,62 @@ def push(
         return own(t, x, context, tangents)
 
     def along(tangent: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(lambda x: field(t, x, context), (x,), (tangent,))
+        return jvp(lambda x: field(t, x, context), (x,), (tangent,))
 
     try:
-        return torch.func.vmap(along, out_dims=(None, 0))(tangents)
+        return torch.func.vmap(along, out_dims=(None, 0))(tangents)  # type: ignore[arg-type]
     except (RuntimeError, ValueError) as error:
-        if "vmap" not in str(error):
+        if "vmap" not in str(error) and "atching rule" not in str(error):
             raise
     pairs = [along(tangent) for tangent in tangents]
     return pairs[0][0], torch.stack([product for _, product in pairs])
+
+
+def jvp(
+    function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """A function's value and its derivative along a direction, in one forward-mode pass."""
+    value, derivative, *_ = torch.func.jvp(function, at, along)
+    return value, derivative
+
+
+def refuse_coupling(field: Field, t: Tensor, x: Tensor, context: Tensor | None) -> None:
+    """Raise for a field that couples the samples of a batch: its trace is no log-determinant.
+
+    The first sample of a few is moved, and the velocity of the others must not notice. Fields that
+    say so (``couples_batch = False``), or that bring a trace of their own, are believed.
+
+    Raises:
+        CoupledBatchError: naming the samples.
+    """
+    if hasattr(field, "trace") or not getattr(field, "couples_batch", True):
+        return
+    rows = x.detach().reshape(-1, *x.shape[x.dim() - event_dims(field) :])[:4]
+    if len(rows) < 2:
+        return
+    if context is not None:
+        context = context.detach().reshape(-1, context.shape[-1])[:4]
+    tangent = torch.zeros_like(rows)
+    tangent[0] = 1
+    with torch.no_grad():
+        _, images = push(field, t.detach(), rows, context, tangent.unsqueeze(0))
+    # what is not finite is for the solver to name
+    touched = ((images[0] != 0) & images[0].isfinite()).flatten(1).any(-1)
+    for sample in range(1, len(rows)):
+        if touched[sample]:
+            raise CoupledBatchError(
+                f"the velocity of sample {sample} depends on sample 0: the trace of each sample's "
+                "own Jacobian is then not the log-determinant, and a density would depend on its "
+                "batch. Take what mixes samples (batch normalisation in training, a mean over the "
+                "batch, attention across it) out of the field; where samples belong together, make "
+                "them one event with an attribute event_dims"
+            )
+
+
+def known_noise(noise: str) -> None:
+    """Refuse a kind of probes that is not known."""
+    if noise not in ("rademacher", "gaussian"):
+        raise ValueError(f"noise is 'rademacher' or 'gaussian', got {noise!r}")
 
 
 def positive(name: str, value: int) -> None:

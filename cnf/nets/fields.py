@@ -63,9 +63,12 @@ class Field(nn.Module, ABC):
 
     Attributes:
         event_dims: how many trailing axes of x make one event.
+        couples_batch: whether the velocity of one sample may depend on another, which no density
+            has room for; fields that do not say so are tried before each solve.
     """
 
     event_dims: int = 1
+    couples_batch: bool = False
 
     @abstractmethod
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from cnf.costs import Cost
     from cnf.divergence import Divergence
-    from cnf.ode import Solver
 
 
 class Mapped(NamedTuple):
@@ -37,9 +36,12 @@ class Request:
 
     Attributes:
         divergence: the trace estimator to use; None means the transform's own.
-        solver: how to integrate; None means the transform's own. Training is usually content with
-            looser tolerances than a density that is reported.
+        tolerance: rtol and atol of every solve, forward and backward, in place of the solver's own.
+            Training is usually content with less accuracy than a density that is reported.
         costs: the path costs to integrate along.
+        costs_in_norm: whether they enter the error norm that chooses the steps. By default they are
+            only looked at: asking for a cost changes neither the path nor its price, and the
+            integral is as accurate as the steps happen to make it.
         generator: where probes and other noise come from; None means torch's global generator.
         log_det: False says that nobody will read ``log_det``: a continuous transform then skips
             the trace and returns NaN for it.
@@ -49,8 +51,9 @@ class Request:
     """
 
     divergence: Divergence | None = None
-    solver: Solver | None = None
+    tolerance: float | None = None
     costs: tuple[Cost, ...] = ()
+    costs_in_norm: bool = False
     generator: torch.Generator | None = None
     log_det: bool = True
     variance: bool = False

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.costs import PathPoint
-from cnf.divergence import Divergence, Exact, event_dims
+from cnf.divergence import Divergence, Exact, event_dims, refuse_coupling
 from cnf.ode import Solver, integrate
 from cnf.transforms.base import Mapped, Request, Transform
 
@@ -111,7 +111,11 @@ class Continuous(Transform):
         clock = self.log_end_time.exp() * request.clock
         traced = request.log_det or bool(request.costs)
         products = any(cost.needs_products for cost in request.costs)
-        noise = divergence.draw(self.field, value, request.generator) if traced else None
+        noise = None
+        if traced:
+            start = clock.detach() * times[0]
+            refuse_coupling(self.field, start, value, context)
+            noise = divergence.draw(self.field, start, value, context, request.generator)
         # costs are integrals over |dt|: they grow in whichever direction the solver walks
         heading = 1.0 if bool(times[1] > times[0]) else -1.0
         batch = value.shape[: value.dim() - event_dims(self.field)]
@@ -145,10 +149,9 @@ class Continuous(Transform):
             rhs,
             tuple(state),
             times,
-            request.solver or self.solver,
+            self.solver.at(request.tolerance),
             self._differentiated(context, clock),
-            # costs are only looked at: they must not change the path
-            in_norm=[True] * (1 + traced) + [False] * len(request.costs),
+            in_norm=[True] * (1 + traced) + [request.costs_in_norm] * len(request.costs),
             batch=batch,
             name=self.name,
         )
