@@ -166,6 +166,14 @@ class Solver:
         known = options_of(self.backward_method)
         return {key: value for key, value in self.options.items() if key in known}
 
+    def at(self, tolerance: float | None) -> Solver:
+        """The same solver with this rtol and atol, forward and backward; None changes nothing."""
+        if tolerance is None:
+            return self
+        return dataclasses.replace(
+            self, rtol=tolerance, atol=tolerance, adjoint_rtol=None, adjoint_atol=None
+        )
+
     def on_fallback(self, span: float) -> Solver:
         """The fixed-grid solver that takes over on a time span of length ``span``."""
         if self.fallback is None:
