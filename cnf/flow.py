@@ -50,6 +50,8 @@ class Flow(nn.Module):
         context_features: size of the context, 0 for an unconditional density.
         standardize: False leaves x as it is whatever data comes, for a transform whose data's side
             has units of its own: dequantisation wants integers. The context is scaled all the same.
+        encoder: a network from the (standardised) context ``(*batch, context_features)`` to what
+            transform and base are conditioned on instead; it is trained along and saved with them.
 
     Example:
         >>> import torch
@@ -72,6 +74,7 @@ class Flow(nn.Module):
         event_shape: int | Sequence[int] | None = None,
         context_features: int = 0,
         standardize: bool = True,
+        encoder: nn.Module | None = None,
     ):
         super().__init__()
         self.event_shape = as_shape(base.event_shape if event_shape is None else event_shape)
@@ -87,6 +90,9 @@ class Flow(nn.Module):
         self.scales_data = standardize
         self.register_buffer("initialized", torch.tensor(False))
         self.context_scaling = Standardize((context_features,)) if context_features else None
+        if encoder is not None and not context_features:
+            raise ValueError("an encoder needs a context to encode: pass context_features=")
+        self.encoder = encoder
         self._compiled: dict[str, Callable[..., Mapped]] = {}
 
     @property
@@ -130,8 +136,9 @@ class Flow(nn.Module):
         x, context = self._broadcast(x, context)
 
         def score(x: Tensor, context: Tensor | None) -> dict[str, Tensor]:
-            z, log_det, costs = self._inverse(x, context, request)
-            log_prob = self.base.log_prob(z, self._scaled(context)) + log_det
+            seen = self._seen(context)
+            z, log_det, costs = self._inverse(x, seen, request)
+            log_prob = self.base.log_prob(z, seen) + log_det
             return {"log_prob": log_prob, "z": z, **{f"cost {k}": v for k, v in costs.items()}}
 
         parts = self._in_chunks(score, x, context, chunk)
@@ -145,12 +152,12 @@ class Flow(nn.Module):
     def encode(self, x: Any, context: Any = None) -> Tensor:
         """The latent z of data x."""
         x, context = self._broadcast(x, context)
-        return self._inverse(x, context, VALUE_ONLY).value
+        return self._inverse(x, self._seen(context), VALUE_ONLY).value
 
     def decode(self, z: Any, context: Any = None) -> Tensor:
         """The data x of latent z."""
         z, context = self._broadcast(z, context, self.base.event_shape)
-        return self._forward(z, context, VALUE_ONLY).value
+        return self._forward(z, self._seen(context), VALUE_ONLY).value
 
     # ---- samples ---------------------------------------------------------------------------
 
@@ -176,12 +183,12 @@ class Flow(nn.Module):
         Returns:
             ``(*shape, *batch_shape, *event_shape)``.
         """
-        z, context = self._draw(shape, context, temperature, generator)
+        z, seen = self._draw(shape, context, temperature, generator)
 
-        def generate(z: Tensor, context: Tensor | None) -> dict[str, Tensor]:
-            return {"x": self._forward(z, context, VALUE_ONLY).value}
+        def generate(z: Tensor, seen: Tensor | None) -> dict[str, Tensor]:
+            return {"x": self._forward(z, seen, VALUE_ONLY).value}
 
-        return self._in_chunks(generate, z, context, chunk, self.base.event_shape)["x"]
+        return self._in_chunks(generate, z, seen, chunk, self.base.event_shape)["x"]
 
     def rsample(
         self,
@@ -192,8 +199,8 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draw samples that carry gradients to the parameters and the context."""
-        z, context = self._draw(shape, context, temperature, generator)
-        return self._forward(z, context, VALUE_ONLY).value
+        z, seen = self._draw(shape, context, temperature, generator)
+        return self._forward(z, seen, VALUE_ONLY).value
 
     def sample_and_log_prob(
         self,
@@ -209,9 +216,9 @@ class Flow(nn.Module):
         generator.
         """
         generator = None if request is None else request.generator
-        z, context = self._draw(shape, context, temperature, generator)
-        x, log_det, _ = self._forward(z, context, request)
-        return x, self.base.log_prob(z, self._scaled(context)) - log_det
+        z, seen = self._draw(shape, context, temperature, generator)
+        x, log_det, _ = self._forward(z, seen, request)
+        return x, self.base.log_prob(z, seen) - log_det
 
     def trajectory(self, z: Any, times: Any, context: Any = None) -> tuple[Tensor, Tensor]:
         """The path from latent z (t = 0) to data (t = 1), in the data's own units.
@@ -226,7 +233,7 @@ class Flow(nn.Module):
         """
         z, context = self._broadcast(z, context, self.base.event_shape)
         times, values = self.transform.trajectory(
-            z, self._tensor("times", times), self._scaled(context)
+            z, self._tensor("times", times), self._seen(context)
         )
         return times, self.scaling.forward(values).value
 
@@ -252,35 +259,37 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Any, context: Any = None, request: Request | None = None) -> Flow:
-        """Let the transform set its data-dependent parameters (ActNorm's) from a batch.
+        """Let transform and base set their data-dependent parameters (ActNorm's) from a batch.
 
         A transform that draws noise draws it from the request's generator.
         """
         x, context = self._broadcast(x, context)
         self.initialized.fill_(True)
-        self.transform.initialize(self.scaling.inverse(x).value, self._scaled(context), request)
+        x, seen = self.scaling.inverse(x).value, self._seen(context)
+        self.transform.initialize(x, seen, request)
+        self.base.initialize(self.transform.inverse(x, seen, request).value, seen, request)
         return self
 
     # ---- the two directions ----------------------------------------------------------------
 
-    def _inverse(self, x: Tensor, context: Tensor | None, request: Request | None) -> Mapped:
-        return self._compiled.get("inverse", self._run_inverse)(x, context, request)
+    def _inverse(self, x: Tensor, seen: Tensor | None, request: Request | None) -> Mapped:
+        return self._compiled.get("inverse", self._run_inverse)(x, seen, request)
 
-    def _forward(self, z: Tensor, context: Tensor | None, request: Request | None) -> Mapped:
-        return self._compiled.get("forward", self._run_forward)(z, context, request)
+    def _forward(self, z: Tensor, seen: Tensor | None, request: Request | None) -> Mapped:
+        return self._compiled.get("forward", self._run_forward)(z, seen, request)
 
-    def _run_inverse(self, x: Tensor, context: Tensor | None, request: Request | None) -> Mapped:
-        maps = (self.scaling.inverse, self.transform.inverse)
-        return compose(x, maps, self._scaled(context), request)
+    def _run_inverse(self, x: Tensor, seen: Tensor | None, request: Request | None) -> Mapped:
+        return compose(x, (self.scaling.inverse, self.transform.inverse), seen, request)
 
-    def _run_forward(self, z: Tensor, context: Tensor | None, request: Request | None) -> Mapped:
-        maps = (self.transform.forward, self.scaling.forward)
-        return compose(z, maps, self._scaled(context), request)
+    def _run_forward(self, z: Tensor, seen: Tensor | None, request: Request | None) -> Mapped:
+        return compose(z, (self.transform.forward, self.scaling.forward), seen, request)
 
-    def _scaled(self, context: Tensor | None) -> Tensor | None:
+    def _seen(self, context: Tensor | None) -> Tensor | None:
+        """What transform and base are conditioned on: the context scaled, then encoded."""
         if context is None or self.context_scaling is None:
             return context
-        return self.context_scaling.inverse(context).value
+        context = self.context_scaling.inverse(context).value
+        return context if self.encoder is None else self.encoder(context)
 
     def _draw(
         self,
@@ -291,11 +300,11 @@ class Flow(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         if not temperature >= 0:
             raise ValueError(f"temperature must not be negative, got {temperature}")
-        context = self._context(context)
-        batch = tuple(shape) + (() if context is None else context.shape[:-1])
-        if context is not None:
-            context = context.expand(*batch, self.context_features)
-        return self.base.rsample(batch, self._scaled(context), temperature, generator), context
+        seen = self._seen(self._context(context))
+        batch = tuple(shape) + (() if seen is None else seen.shape[:-1])
+        if seen is not None:
+            seen = seen.expand(*batch, seen.shape[-1])
+        return self.base.rsample(batch, seen, temperature, generator), seen
 
     def _in_chunks(
         self,

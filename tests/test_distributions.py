@@ -222,3 +222,23 @@ def test_any_base_carries_a_flow():
     for name in ("student", "gaussians", "resampled", "wrapped"):
         flow = cnf.Flow(Diagonal(1), BASES[name]())
         assert flow.log_prob(flow.sample((4,))).shape == (4,)
+
+
+def test_an_encoder_is_trained_along():
+    encoder = MLP(5, 2, hidden=(8,), zero_last=False)
+    inner = cnf.realnvp(3, layers=2, hidden=(8,), context_features=2)
+    flow = cnf.Flow(inner.transform, Normal(3), context_features=5, encoder=encoder)
+    x, context = torch.randn(4, 3, generator=seeded()), torch.randn(4, 5, generator=seeded())
+    with torch.no_grad():
+        for parameter in flow.transform.parameters():
+            parameter += 0.3
+    flow.log_prob(x, context).sum().backward()
+    assert encoder.layers[0].weight.grad.abs().sum() > 0
+    assert flow.sample((6,), context, generator=seeded()).shape == (6, 4, 3)
+    torch.testing.assert_close(flow.log_prob(x, context), inner.log_prob(x, encoder(context)))
+    draws, log_prob = flow.sample_and_log_prob((2,), context)
+    torch.testing.assert_close(flow.log_prob(draws, context), log_prob)
+    with pytest.raises(TypeError, match="no recipe"):
+        flow.save("nowhere")
+    with pytest.raises(ValueError, match="needs a context to encode"):
+        cnf.Flow(inner.transform, Normal(3), encoder=encoder)

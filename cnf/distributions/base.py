@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from cnf.transforms.base import Request
 
 
 class Base(nn.Module, ABC):
@@ -40,7 +44,9 @@ class Base(nn.Module, ABC):
             generator: where the randomness comes from.
         """
 
-    def initialize(self, z: Tensor, context: Tensor | None = None) -> None:
+    def initialize(
+        self, z: Tensor, context: Tensor | None = None, request: Request | None = None
+    ) -> None:
         """Set data-dependent parameters from a batch of latent points; most bases have none."""
 
     def event_sum(self, values: Tensor) -> Tensor:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from cnf.distributions.base import Base, as_shape, conditioned, keep, normal, uniform
+
+if TYPE_CHECKING:
+    from cnf.transforms.base import Request
 
 
 class Mixture(Base):
@@ -68,10 +72,12 @@ class Mixture(Base):
             sample = sample.index_put((chosen,), drawn)
         return sample.reshape(*shape, *self.event_shape)
 
-    def initialize(self, z: Tensor, context: Tensor | None = None) -> None:
+    def initialize(
+        self, z: Tensor, context: Tensor | None = None, request: Request | None = None
+    ) -> None:
         """Let every part set its data-dependent parameters."""
         for part in self._bases():
-            part.initialize(z, context)
+            part.initialize(z, context, request)
 
     def log_weights(self, context: Tensor | None = None) -> Tensor:
         """Log w_k, ``(parts,)`` or ``(*batch, parts)``."""

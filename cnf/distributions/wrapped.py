@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 from cnf.distributions.base import Base, as_shape
 
 if TYPE_CHECKING:
-    from cnf.transforms.base import Transform
+    from cnf.transforms.base import Request, Transform
 
 
 class Wrapped(Base):
@@ -131,10 +131,13 @@ class Transformed(Base):
         inner = self.base.rsample(shape, context, temperature, generator)
         return self.transform.forward(inner, context).value
 
-    def initialize(self, z: Tensor, context: Tensor | None = None) -> None:
+    def initialize(
+        self, z: Tensor, context: Tensor | None = None, request: Request | None = None
+    ) -> None:
         """Let the transform, then the base, set their data-dependent parameters."""
-        self.transform.initialize(z, context)
-        self.base.initialize(self.transform.inverse(z, context).value, context)
+        self.transform.initialize(z, context, request)
+        inner = self.transform.inverse(z, context, request).value
+        self.base.initialize(inner, context, request)
 
 
 def _mapped(value: Any, fn: Callable[[Tensor], Tensor], twins: dict[int, Any] | None = None) -> Any:
