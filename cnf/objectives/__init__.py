@@ -6,17 +6,32 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cnf.objectives.base import Batch, Loss, Objective
+from cnf.objectives.coupling import Coupling, ExactTransport, Independent, Sinkhorn
+from cnf.objectives.flow_matching import FlowMatching
 from cnf.objectives.likelihood import MaximumLikelihood
+from cnf.objectives.paths import (
+    LinearPath,
+    LogitNormalTimes,
+    Path,
+    Times,
+    UniformTimes,
+    VariancePreserving,
+)
 from cnf.registry import unknown_name
 
 if TYPE_CHECKING:
     from cnf.flow import Flow
 
-__all__ = ["OBJECTIVES", "Batch", "Loss", "MaximumLikelihood", "Objective", "build_objective"]
+__all__ = [
+    "OBJECTIVES", "Batch", "Coupling", "ExactTransport", "FlowMatching", "Independent",
+    "LinearPath", "LogitNormalTimes", "Loss", "MaximumLikelihood", "Objective", "Path", "Sinkhorn",
+    "Times", "UniformTimes", "VariancePreserving", "build_objective",
+]  # fmt: skip
 
 #: Builders of objectives by the name that ``fit(objective=…)`` takes; each is given the flow.
 OBJECTIVES: dict[str, Callable[[Flow], Objective]] = {
     "likelihood": MaximumLikelihood,
+    "flow-matching": FlowMatching,
 }
 
 

@@ -1,0 +1,146 @@
+"""Flow matching: training a continuous flow without solving it."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cnf.objectives.base import Batch, Loss, Objective, mean
+from cnf.objectives.coupling import Coupling, Independent, as_coupling, pair
+from cnf.objectives.paths import Path, Times, as_path, as_times
+from cnf.transforms import Chain, Continuous
+from cnf.transforms.base import Request, Transform
+
+if TYPE_CHECKING:
+    from cnf.flow import Flow
+
+
+class FlowMatching(Objective):
+    """Regression of the velocity on that of a path between base and data, E‖v(t, x_t) − ẋ_t‖².
+
+    A step costs one evaluation of the field instead of two solves. The minimiser's flow has the
+    data's density exactly, which ``flow.log_prob`` then gives as for any continuous flow; a few
+    steps of ``MaximumLikelihood`` afterwards spend what capacity there is on nats:
+    ``cnf.fit(flow, x, objective=("flow-matching", "likelihood"))``. The base is held fixed.
+
+    Args:
+        flow: its transform is a ``Continuous``, or a ``Chain`` that begins with one (at the base
+            end) and goes on with parts that have nothing to train.
+        path: ``"linear"``, ``"vp"`` or a record such as ``LinearPath(sigma_min=1e-3)``.
+        coupling: who is paired with whom: ``"independent"``; ``"exact"`` or ``"sinkhorn"`` optimal
+            transport within the batch, and within equal contexts; ``"reflow"``; or a record.
+        times: ``"uniform"``, ``"logit-normal"`` or a record.
+        teacher: for ``"reflow"``, the flow whose pairs ``(z, teacher.decode(z))`` are learned in
+            place of the data (rectified flow). A frozen copy is made: it may be ``flow`` itself.
+
+    Paper: Lipman et al., ICLR 2023; Liu et al., ICLR 2023; Tong et al., TMLR 2024.
+
+    Example:
+        >>> import cnf
+        >>> objective = cnf.FlowMatching(cnf.ffjord(2), coupling="exact")
+        >>> objective(cnf.Batch(torch.zeros(4, 2))).terms.keys()
+        dict_keys(['velocity error'])
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        *,
+        path: str | Path = "linear",
+        coupling: str | Coupling = "independent",
+        times: str | Times = "uniform",
+        teacher: Flow | None = None,
+    ):
+        super().__init__(flow)
+        continuous_part(flow)  # refuse at once what cannot be matched
+        self.path = as_path(path)
+        self.times = as_times(times)
+        reflow = coupling == "reflow"
+        if reflow and teacher is None:
+            raise ValueError(
+                "coupling='reflow' needs the flow whose pairs are to be learned: pass teacher=…, "
+                "for instance teacher=flow once it is trained"
+            )
+        if teacher is not None and not reflow:
+            raise ValueError("a teacher belongs to coupling='reflow'; pass both or neither")
+        if teacher is not None and (teacher.event_shape, teacher.context_features) != (
+            flow.event_shape,
+            flow.context_features,
+        ):
+            raise ValueError(
+                f"the teacher makes x of shape {teacher.event_shape} given "
+                f"{teacher.context_features} features, the flow {flow.event_shape} given "
+                f"{flow.context_features}"
+            )
+        self.coupling = Independent() if reflow else as_coupling(coupling)
+        self.teacher = None
+        if teacher is not None:
+            self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+
+    def forward(
+        self, batch: Batch, *, generator: torch.Generator | None = None, progress: float = 0.0
+    ) -> Loss:
+        """The loss of one batch; ``terms`` holds ``"velocity error"``, the squared error."""
+        flow = self.flow
+        part, outside = continuous_part(flow)
+        with torch.no_grad():
+            context = self._context(batch)
+            z = flow.base.rsample((len(batch.x),), context, 1.0, generator)
+            x = batch.x if self.teacher is None else self.teacher.decode(z, batch.context)
+            x = flow.scaling.inverse(x).value
+            request = Request(log_det=False, generator=generator)
+            for transform in reversed(outside):
+                x = transform.inverse(x, context, request).value
+            z = pair(self.coupling, z, x, context, generator)
+            t = self.times.draw(len(x), x, generator)
+            point = self.path.at(t)
+            position, target = point.position(z, x), point.velocity(z, x)
+        clock = part.log_end_time.exp()
+        velocity = clock * part.field(clock * t, position, context)
+        total = mean((velocity - target).square().flatten(1).sum(1), batch.weight)
+        return Loss(total, {"velocity error": total.detach()})
+
+    def _context(self, batch: Batch) -> Tensor | None:
+        scaling = self.flow.context_scaling
+        if (batch.context is None) != (scaling is None):
+            raise ValueError(
+                f"the flow takes a context of {self.flow.context_features} features, and the batch "
+                f"has {'none' if batch.context is None else 'one'}"
+            )
+        if batch.context is None or scaling is None:
+            return None
+        return scaling.inverse(batch.context).value
+
+
+def continuous_part(flow: Flow) -> tuple[Continuous, list[Transform]]:
+    """The continuous transform at the base end, and the fixed ones between it and the data.
+
+    Raises:
+        TypeError: if the flow does not begin with a continuous transform.
+        ValueError: if something after it would have to be trained as well.
+    """
+    first, *outside = _parts(flow.transform)
+    if not isinstance(first, Continuous):
+        raise TypeError(
+            "flow matching trains a continuous transform at the base end of a flow; this one "
+            f"begins with {type(first).__name__}, which only the likelihood can train"
+        )
+    for number, part in enumerate(outside, 1):
+        if any(parameter.requires_grad for parameter in part.parameters()):
+            raise ValueError(
+                "flow matching trains the continuous transform at the base end only, and part "
+                f"{number} of this flow's chain ({type(part).__name__}) has parameters that it "
+                "would leave as they are: freeze them with requires_grad_(False), build the flow "
+                "with one block, or train by likelihood"
+            )
+    return first, outside
+
+
+def _parts(transform: Transform) -> list[Transform]:
+    """The transforms of a chain, and of chains in it, in forward order."""
+    if not isinstance(transform, Chain):
+        return [transform]
+    return [part for inner in transform for part in _parts(inner)]
