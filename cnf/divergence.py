@@ -359,6 +359,7 @@ def push(
     own = getattr(field, "push", None)
     if own is not None:
         return own(t, x, context, tangents)
+    x = x.contiguous()  # forward mode writes tangents in the layout of an expanded x and fails
 
     def along(tangent: Tensor) -> tuple[Tensor, Tensor]:
         return jvp(lambda x: field(t, x, context), (x,), (tangent,))
@@ -396,20 +397,19 @@ def refuse_coupling(field: Field, t: Tensor, x: Tensor, context: Tensor | None) 
         return
     if context is not None:
         context = context.detach().reshape(-1, context.shape[-1])[:4]
-    tangent = torch.zeros_like(rows)
-    tangent[0] = 1
+    moved = torch.cat([rows[:1] + 1, rows[1:]])
     with torch.no_grad():
-        _, images = push(field, t.detach(), rows, context, tangent.unsqueeze(0))
+        before, after = field(t, rows, context), field(t, moved, context)
     # what is not finite is for the solver to name
-    touched = ((images[0] != 0) & images[0].isfinite()).flatten(1).any(-1)
+    touched = (before != after) & before.isfinite() & after.isfinite()
     for sample in range(1, len(rows)):
-        if touched[sample]:
+        if touched[sample].any():
             raise CoupledBatchError(
-                f"the velocity of sample {sample} depends on sample 0: the trace of each sample's "
-                "own Jacobian is then not the log-determinant, and a density would depend on its "
-                "batch. Take what mixes samples (batch normalisation in training, a mean over the "
-                "batch, attention across it) out of the field; where samples belong together, make "
-                "them one event with an attribute event_dims"
+                f"the velocity of sample {sample} depends on sample 0 (or on noise): the trace of "
+                "each sample's own Jacobian is then not the log-determinant, and a density would "
+                "depend on its batch. Take what mixes samples out of the field (batch "
+                "normalisation in training, a mean over the batch, attention across it); where "
+                "samples belong together, make them one event with an attribute event_dims"
             )
 
 
