@@ -164,6 +164,10 @@ class Velocity:
         """dy/dt, ``(size,)``."""
         watch = self.watch
         watch.nfe += 1
+        if flat.requires_grad and not torch.is_grad_enabled():
+            # a view made now would claim a graph that it does not have, and mislead a field that
+            # differentiates by the state
+            flat = flat.detach()
         parts = self.rhs(t, self.split(flat))
         if self.unchecked:
             self._check_shapes(parts)
