@@ -86,8 +86,8 @@ class Solver:
     """
 
     method: str = "dopri5"
-    rtol: float = 1e-5
-    atol: float = 1e-5
+    rtol: float = 1e-6
+    atol: float = 1e-6
     gradient: str = "adjoint"
     adjoint_method: str | None = None
     adjoint_rtol: float | None = None
