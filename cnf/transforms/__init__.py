@@ -2,6 +2,7 @@
 
 from cnf.transforms.autoregressive import Autoregressive
 from cnf.transforms.base import Chain, Inverse, Mapped, Request, Transform
+from cnf.transforms.block import BlockAutoregressive
 from cnf.transforms.continuous import Continuous
 from cnf.transforms.convolution import Convolution1x1
 from cnf.transforms.coupling import (
@@ -35,6 +36,7 @@ __all__ = [
     "ActNorm",
     "Autoregressive",
     "BatchNorm",
+    "BlockAutoregressive",
     "Chain",
     "Checkerboard",
     "Continuous",
