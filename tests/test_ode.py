@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +149,16 @@ def test_a_tableau_is_consistent(method):
     for node, row in zip(table.nodes, table.stages, strict=True):
         assert sum(row) == pytest.approx(node, abs=1e-12)
     assert table.reuses_last == (method in ("dopri5", "dopri8", "bosh3"))
+
+
+def test_the_docs_table_has_every_method_with_its_options():
+    page = Path(__file__).parents[1] / "docs" / "solvers.md"
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| `")]
+    for method in METHODS:
+        (row,) = [row for row in rows if f"`{method}`" in row.split("|")[1]]
+        assert ("adaptive" in row.split("|")[2]) == (method not in FIXED)
+        names = ["adaptive"] if method in ADAPTIVE else options_of(method)
+        assert all(name in row.split("|")[5] for name in names)
 
 
 def test_options_reach_the_method():
