@@ -271,8 +271,7 @@ def _run(
         if history.stopped == "interrupted":
             raise KeyboardInterrupt
         row = measure(name, flow, history, data)
-        note = f"{row.test_nll:.3f} nats" if row.gap is None else f"gap {row.gap:.3f} nats"
-        shown = model_panel(name, flow, data, seed=seed, note=note)
+        shown = model_panel(name, flow, data, seed=seed, note=row.note)
     except (SolverError, TrainingError, FloatingPointError) as error:
         row = Row(name, error=str(error))
         comparison.rows.append(row)

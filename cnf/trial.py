@@ -279,6 +279,11 @@ class Row:
             del values["error"]
         return values
 
+    @property
+    def note(self) -> str:
+        """The one number that a picture shows."""
+        return _note(self.test_nll, self.gap)
+
     def summary(self) -> str:
         """One line for people."""
         if self.error is not None:
@@ -340,6 +345,12 @@ def measure(name: str, flow: Flow, history: History, data: Split) -> Row:
     # paired: the same points score the truth and the model, so their scatter cancels
     gap = data.truth - log_prob
     return dataclasses.replace(row, gap=float(gap.mean()), gap_stderr=_standard_error(gap))
+
+
+def _note(nll: float | None, gap: float | None) -> str:
+    if gap is not None:
+        return f"gap {gap:.3f} nats"
+    return "" if nll is None else f"nll {nll:.3f} nats"
 
 
 def _test(flow: Flow, data: Split) -> tuple[Tensor, Tensor | None]:
@@ -420,8 +431,7 @@ def draw_run(run: Run, *, name: str, seed: int = 0) -> Figure:
             minimum_rows=20,
         )
     data = split(found, seed=source.seed, train_size=DRAWN, test_size=DRAWN)
-    nll = run.results.get("test_nll")
-    note = "" if nll is None else f"{nll:.3f} nats"
+    note = _note(run.results.get("test_nll"), run.results.get("gap"))
     return plots.comparison(
         [data_panel(data), model_panel(name, run.flow, data, seed=seed, note=note)],
         [held_out(name, run.history)],

@@ -31,7 +31,7 @@ def main() -> None:
 
     y, x = branches(2_000 if options.quick else 50_000, torch.Generator().manual_seed(0))
     flow = cnf.models[options.model].build(1, context_features=1)
-    history = cnf.fit(flow, (y, x), steps=20 if options.quick else 2000)
+    history = cnf.fit(flow, (y, x), steps=20 if options.quick else None, seconds=60)
     print(history.summary())
 
     at = torch.tensor([[-1.5], [0.0], [1.5]])

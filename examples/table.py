@@ -39,7 +39,7 @@ def main() -> None:
     table = cnf.data.table(file)
 
     flow = cnf.models[options.model].build(len(table.columns))
-    history = cnf.fit(flow, table, steps=20 if options.quick else 3000)
+    history = cnf.fit(flow, table, steps=20 if options.quick else None, seconds=60)
     print(history.summary())
 
     x = table.x.to(flow.dtype)

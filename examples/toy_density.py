@@ -24,7 +24,7 @@ def main() -> None:
 
     target = cnf.data.toy(options.target)
     flow = cnf.models[options.model].build(2)
-    history = cnf.fit(flow, target, steps=20 if options.quick else 3000)
+    history = cnf.fit(flow, target, steps=20 if options.quick else None, seconds=60)
 
     x = target.sample(10_000, torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -74,20 +74,25 @@ def comparison(
         raise ValueError("a comparison needs at least one panel")
     features = len(bounds)
     names = tuple(columns) or tuple(f"x{i}" for i in range(features))
+    shaded = features == 2 and any(panel.density is not None for panel in panels)
     if features == 1:
         rows = 1
-    elif features == 2 and any(panel.density is not None for panel in panels):
+    elif shaded:
         rows = 2
     else:
         rows = min(PAIRS, len(_pairs(features)))
     # few models and many pairs of columns: a row for each model instead of a column
     turned = len(panels) < rows
     down, across = (len(panels), rows) if turned else (rows, len(panels))
-    width = max(12.0, 2.2 * across)
+    width = max(8.0, min(12.0, 4.2 * across), 2.2 * across)
     heights = [min(width / across, 4.0)] * down + ([3.4] if curves else [])
     figure = canvas.new(width, sum(heights) + 0.6)
     figure.suptitle(title, fontsize=13)
-    layout = figure.add_gridspec(len(heights), across, height_ratios=heights)
+    # the last, narrow column is for the colour bar
+    widths = [1.0] * across + ([0.05] if shaded else [])
+    layout = figure.add_gridspec(
+        len(heights), len(widths), height_ratios=heights, width_ratios=widths
+    )
     axes = [
         [figure.add_subplot(layout[(j, i) if turned else (i, j)]) for j in range(len(panels))]
         for i in range(rows)
@@ -96,12 +101,14 @@ def comparison(
         column.set_title(panel.title + ("\n" + panel.note if panel.note else ""), fontsize=11)
     if features == 1:
         _histograms(axes[0], panels, bounds, names)
-    elif rows == 2 and features == 2:
-        _densities(figure, axes, panels, bounds, columns)
+    elif shaded:
+        _densities(axes, panels, bounds, columns)
+        image = next(image for ax in axes[0] for image in ax.images)
+        figure.colorbar(image, cax=figure.add_subplot(layout[0, -1]), extend="max")
     else:
         _projections(axes, panels, bounds, names, turned=turned)
     if curves:
-        below = figure.add_subplot(layout[down, :])
+        below = figure.add_subplot(layout[down, :across])
         histories.draw(below, [(curve.label, curve.points) for curve in curves], truth)
     return figure
 
@@ -112,7 +119,6 @@ def _pairs(features: int) -> list[tuple[int, int]]:
 
 
 def _densities(
-    figure: Figure,
     axes: Sequence[Sequence[Axes]],
     panels: Sequence[Panel],
     bounds: densities.Bounds,
@@ -135,14 +141,6 @@ def _densities(
         else:
             upper.set_ylabel("")
             lower.set_ylabel("")
-    figure.colorbar(
-        next(image for ax in axes[0] for image in ax.images),
-        ax=list(axes[0]),
-        extend="max",
-        pad=0.01,
-        fraction=0.012,
-        aspect=18,
-    )
 
 
 def _histograms(

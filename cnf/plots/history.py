@@ -55,9 +55,7 @@ def draw(
     axes.set_ylabel("held-out nll (nats)")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(
-            loc="upper right", framealpha=0.9, edgecolor="none", ncols=min(6, len(curves) + 2)
-        )
+        axes.legend(loc="best", framealpha=0.9, edgecolor="none", ncols=min(6, len(curves) + 2))
 
 
 def history(
