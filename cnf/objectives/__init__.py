@@ -17,6 +17,7 @@ from cnf.objectives.paths import (
     UniformTimes,
     VariancePreserving,
 )
+from cnf.objectives.reverse_kl import ReverseKL
 from cnf.registry import unknown_name
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OBJECTIVES", "Batch", "Coupling", "ExactTransport", "FlowMatching", "Independent",
-    "LinearPath", "LogitNormalTimes", "Loss", "MaximumLikelihood", "Objective", "Path", "Sinkhorn",
-    "Times", "UniformTimes", "VariancePreserving", "build_objective",
+    "LinearPath", "LogitNormalTimes", "Loss", "MaximumLikelihood", "Objective", "Path",
+    "ReverseKL", "Sinkhorn", "Times", "UniformTimes", "VariancePreserving", "build_objective",
 ]  # fmt: skip
 
 #: Builders of objectives by the name that ``fit(objective=…)`` takes; each is given the flow.

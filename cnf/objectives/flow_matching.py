@@ -86,15 +86,15 @@ class FlowMatching(Objective):
         """The loss of one batch; ``terms`` holds ``"velocity error"``, the squared error."""
         flow = self.flow
         part, outside = continuous_part(flow)
+        context = self._context(batch)  # with its gradient: a flow may train an encoder of it
         with torch.no_grad():
-            context = self._context(batch)
             z = flow.base.rsample((len(batch.x),), context, 1.0, generator)
             x = batch.x if self.teacher is None else self.teacher.decode(z, batch.context)
             x = flow.scaling.inverse(x).value
             request = Request(log_det=False, generator=generator)
             for transform in reversed(outside):
                 x = transform.inverse(x, context, request).value
-            z = pair(self.coupling, z, x, context, generator)
+            z = pair(self.coupling, z, x, batch.context, generator)
             t = self.times.draw(len(x), x, generator)
             point = self.path.at(t)
             position, target = point.position(z, x), point.velocity(z, x)
@@ -112,7 +112,8 @@ class FlowMatching(Objective):
             )
         if batch.context is None or scaling is None:
             return None
-        return scaling.inverse(batch.context).value
+        scaled = scaling.inverse(batch.context).value
+        return scaled if self.flow.encoder is None else self.flow.encoder(scaled)
 
 
 def continuous_part(flow: Flow) -> tuple[Continuous, list[Transform]]:
