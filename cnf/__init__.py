@@ -30,8 +30,9 @@ from cnf.data.table import DataWarning
 from cnf.distributions import Base, Normal
 from cnf.divergence import CoupledBatchError, Exact, Hutchinson, HutchPlusPlus
 from cnf.flow import Evaluation, Flow
-from cnf.models import ffjord, iaf, maf, models, nice, nsf, realnvp
-from cnf.objectives import Batch, FlowMatching, Loss, MaximumLikelihood, Objective
+from cnf.measure import Estimate, entropy, kl
+from cnf.models import ffjord, flowpp, glow, iaf, maf, models, nice, nsf, realnvp
+from cnf.objectives import Batch, FlowMatching, Loss, MaximumLikelihood, Objective, ReverseKL
 from cnf.ode import (
     NonFiniteState,
     SecondOrderGradient,
@@ -54,14 +55,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Base", "Batch", "Chain", "Comparison", "Continuous", "CoupledBatchError", "DataError",
-    "DataWarning", "DiagonalNorm", "DirectionalDerivative", "Evaluation", "Exact", "Flow",
-    "FlowDensity", "FlowMatching", "HJBResidual", "History", "HutchPlusPlus", "Hutchinson",
-    "Inverse", "JacobianNorm", "KineticEnergy", "LoadError", "Loss", "Mapped",
-    "MaximumLikelihood", "NonFiniteState", "Normal", "Objective", "OffDiagonalNorm", "Request",
+    "DataWarning", "DiagonalNorm", "DirectionalDerivative", "Estimate", "Evaluation", "Exact",
+    "Flow", "FlowDensity", "FlowMatching", "HJBResidual", "History", "HutchPlusPlus", "Hutchinson",
+    "Inverse", "JacobianNorm", "KineticEnergy", "LoadError", "Loss", "Mapped", "MaximumLikelihood",
+    "NonFiniteState", "Normal", "Objective", "OffDiagonalNorm", "Request", "ReverseKL",
     "SecondOrderGradient", "Solver", "SolverError", "SolverWarning", "StepUnderflow",
     "TaylorDerivative", "TooManySteps", "TrainingError", "Transform", "UnknownNameError",
-    "VelocityNorm", "bijections", "compare", "count_nfe", "data", "ffjord", "fit", "iaf", "load",
-    "maf", "models", "nets", "nice", "nsf", "realnvp", "transforms",
+    "VelocityNorm", "bijections", "compare", "count_nfe", "data", "entropy", "ffjord", "fit",
+    "flowpp", "glow", "iaf", "kl", "load", "maf", "models", "nets", "nice", "nsf", "realnvp",
+    "transforms",
 ]  # fmt: skip
 
 

@@ -60,6 +60,7 @@ class Member:
         context: the size of its context, 0 for none.
         tolerance: of a round trip in float64.
         tolerance32: of a round trip in float32.
+        spread: how far the laws move the parameters from where they start.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Member:
     tolerance: float = 1e-9
     tolerance32: float = 1e-4
     latent: tuple[int, ...] | None = None
+    spread: float = 0.3
 
     def __str__(self) -> str:
         return self.name
@@ -196,6 +198,8 @@ def models(features: int, context: int) -> list[Member]:
         ),
         "nice": lambda solver: cnf.nice(features, **small),
         "realnvp": lambda solver: cnf.realnvp(features, layers=4, **small),
+        "glow": lambda solver: cnf.glow(features, depth=3, **small),
+        "flowpp": lambda solver: cnf.flowpp(features, layers=3, components=4, **small),
         "maf": lambda solver: cnf.maf(features, layers=3, **small),
         "iaf": lambda solver: cnf.iaf(features, layers=3, **small),
         "nsf": lambda solver: cnf.nsf(features, layers=3, bins=4, **small),
@@ -209,4 +213,25 @@ def models(features: int, context: int) -> list[Member]:
     ]
 
 
-MODELS = [*models(1, 0), *models(1, 2), *models(2, 0), *models(3, 2)]
+def image_models(event: tuple[int, ...], context: int) -> list[Member]:
+    """Every registered model for images, on images without units of their own."""
+    small = {"hidden": (4,), "context_features": context}
+    builders = {
+        "realnvp": lambda solver: cnf.realnvp(event, layers=2, **small),
+        "glow": lambda solver: cnf.glow(event, depth=2, **small),
+        "flowpp": lambda solver: cnf.flowpp(event, layers=2, components=3, heads=2, **small),
+    }
+    return [
+        Member(f"{name}, {event}, C={context}", build, event, context, spread=0.05)
+        for name, build in builders.items()
+    ]
+
+
+MODELS = [
+    *models(1, 0),
+    *models(1, 2),
+    *models(2, 0),
+    *models(3, 2),
+    *image_models((1, 4, 4), 0),
+    *image_models((2, 4, 4), 2),
+]

@@ -17,14 +17,14 @@ from tests.registry import MODELS, SINGLE, TIGHT, TRANSFORMS, Member
 F32, F64 = torch.float32, torch.float64
 
 
-def make(member: Member, dtype: torch.dtype = F64, spread: float = 0.3) -> nn.Module:
+def make(member: Member, dtype: torch.dtype = F64, spread: float | None = None) -> nn.Module:
     """Build a member and move its parameters away from where they start."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = member.build(TIGHT if dtype == F64 else SINGLE)
         with torch.no_grad():
             for parameter in module.parameters():
-                parameter += spread * torch.randn_like(parameter)
+                parameter += (member.spread if spread is None else spread) * torch.randn_like(parameter)
     return module.to(dtype)
 
 

@@ -1,0 +1,112 @@
+"""What the models for vectors are put together from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+
+from cnf.bijections import ScalarMap
+from cnf.nets import MADE, MLP
+from cnf.nets.periodic import Periodic
+from cnf.transforms import (
+    Autoregressive,
+    Coupling,
+    Elementwise,
+    Transform,
+    half_mask,
+    random_mask,
+)
+
+
+def coupling_masks(features: int, layers: int) -> Iterator[Tensor]:
+    """Masks in complementary pairs, so that every two layers transform every feature.
+
+    The first pair is the two halves; later ones split at random, because halves alone would never
+    let features of the same half meet.
+    """
+    mask = half_mask(features)
+    for layer in range(layers):
+        if layer % 2 == 0 and layer > 0 and features > 2:
+            mask = random_mask(features)
+        yield mask if layer % 2 == 0 else ~mask
+
+
+def coupling_layers(
+    scalar_map: ScalarMap,
+    features: int,
+    layers: int,
+    hidden: tuple[int, ...],
+    context_features: int,
+    activation: str,
+    period: float | None = None,
+) -> list[Transform]:
+    """Couplings of one scalar map; with one feature, the map conditioned on the context alone.
+
+    With a period, the networks see the features as angles.
+    """
+    size = scalar_map.size
+    if features == 1:
+        return [
+            Elementwise(scalar_map, (1,), context_net(context_features, size, hidden, activation))
+            for _ in range(layers)
+        ]
+    couplings: list[Transform] = []
+    for mask in coupling_masks(features, layers):
+        inputs, outputs = int((~mask).sum()), int(mask.sum()) * size
+        net: nn.Module = MLP(
+            inputs if period is None else 2 * inputs,
+            outputs,
+            hidden=hidden,
+            context_features=context_features,
+            activation=activation,
+        )
+        if period is not None:
+            net = Periodic(net, period)
+        couplings.append(Coupling(scalar_map, net, mask))
+    return couplings
+
+
+def context_net(
+    context_features: int, outputs: int, hidden: tuple[int, ...], activation: str
+) -> MLP | None:
+    """A network from the context to numbers; None where there is no context."""
+    if not context_features:
+        return None
+    return MLP(context_features, outputs, hidden=hidden, activation=activation)
+
+
+def autoregressive_layers(
+    scalar_map: ScalarMap,
+    features: int,
+    layers: int,
+    hidden: tuple[int, ...],
+    context_features: int,
+    activation: str,
+    residual: bool,
+) -> list[Autoregressive]:
+    """Masked autoregressive layers whose order turns round from one to the next."""
+    return [
+        Autoregressive(
+            scalar_map,
+            MADE(
+                features,
+                scalar_map.size,
+                hidden=hidden,
+                context_features=context_features,
+                order="reverse" if layer % 2 else "natural",
+                activation=activation,
+                residual=residual,
+            ),
+        )
+        for layer in range(layers)
+    ]
+
+
+def mixed(
+    layers: list[Transform] | list[Autoregressive], make: Callable[[], Transform]
+) -> Iterator[Transform]:
+    """The layers with a linear map before each."""
+    for layer in layers:
+        yield make()
+        yield layer
