@@ -24,7 +24,9 @@ def make(member: Member, dtype: torch.dtype = F64, spread: float | None = None) 
         module = member.build(TIGHT if dtype == F64 else SINGLE)
         with torch.no_grad():
             for parameter in module.parameters():
-                parameter += (member.spread if spread is None else spread) * torch.randn_like(parameter)
+                parameter += (member.spread if spread is None else spread) * torch.randn_like(
+                    parameter
+                )
     return module.to(dtype)
 
 
@@ -149,7 +151,12 @@ class TestModels:
         # the grid is laid around the density by its own samples
         draws = flow.sample((4000,), context, generator=torch.Generator().manual_seed(0))
         loc, scale = draws.mean(0), draws.std(0)
-        axis = torch.linspace(-10, 10, 2001 if member.event == (1,) else 301, dtype=F64)
+        count = 2001 if member.event == (1,) else 301
+        axis = torch.linspace(-10, 10, count, dtype=F64)
+        if member.window is not None:
+            low, high = member.window
+            loc, scale = torch.full_like(loc, low), torch.full_like(scale, high - low)
+            axis = (torch.arange(count, dtype=F64) + 0.5) / count
         grid = loc + scale * torch.cartesian_prod(*[axis] * member.event[0]).reshape(
             -1, *member.event
         )
