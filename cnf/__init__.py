@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from cnf import bijections, data, nets, transforms
+from cnf import bijections, data, distributions, nets, transforms
 from cnf.compare import Comparison, compare
 from cnf.costs import (
     DiagonalNorm,
@@ -31,7 +31,29 @@ from cnf.distributions import Base, Normal
 from cnf.divergence import CoupledBatchError, Exact, Hutchinson, HutchPlusPlus
 from cnf.flow import Evaluation, Flow
 from cnf.measure import Estimate, entropy, kl
-from cnf.models import ffjord, flowpp, glow, iaf, maf, models, nice, nsf, realnvp
+from cnf.models import (
+    bnaf,
+    bpf,
+    ffjord,
+    flowpp,
+    gaussianization,
+    glow,
+    iaf,
+    maf,
+    mixture,
+    models,
+    naf,
+    ncsf,
+    nice,
+    nsf,
+    planar,
+    radial,
+    realnvp,
+    residual_flow,
+    sospf,
+    sylvester,
+    unaf,
+)
 from cnf.objectives import Batch, FlowMatching, Loss, MaximumLikelihood, Objective, ReverseKL
 from cnf.ode import (
     NonFiniteState,
@@ -61,9 +83,10 @@ __all__ = [
     "NonFiniteState", "Normal", "Objective", "OffDiagonalNorm", "Request", "ReverseKL",
     "SecondOrderGradient", "Solver", "SolverError", "SolverWarning", "StepUnderflow",
     "TaylorDerivative", "TooManySteps", "TrainingError", "Transform", "UnknownNameError",
-    "VelocityNorm", "bijections", "compare", "count_nfe", "data", "entropy", "ffjord", "fit",
-    "flowpp", "glow", "iaf", "kl", "load", "maf", "models", "nets", "nice", "nsf", "realnvp",
-    "transforms",
+    "VelocityNorm", "bijections", "bnaf", "bpf", "compare", "count_nfe", "data", "distributions",
+    "entropy", "ffjord", "fit", "flowpp", "gaussianization", "glow", "iaf", "kl", "load", "maf",
+    "mixture", "models", "naf", "ncsf", "nets", "nice", "nsf", "planar", "radial", "realnvp",
+    "residual_flow", "sospf", "sylvester", "transforms", "unaf",
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ A new member is one line here; `test_laws.py` applies every law that the member 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -61,6 +62,7 @@ class Member:
         tolerance: of a round trip in float64.
         tolerance32: of a round trip in float32.
         spread: how far the laws move the parameters from where they start.
+        window: the interval that every feature lives in; None for the whole line.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Member:
     tolerance32: float = 1e-4
     latent: tuple[int, ...] | None = None
     spread: float = 0.3
+    window: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -200,15 +203,46 @@ def models(features: int, context: int) -> list[Member]:
         "realnvp": lambda solver: cnf.realnvp(features, layers=4, **small),
         "glow": lambda solver: cnf.glow(features, depth=3, **small),
         "flowpp": lambda solver: cnf.flowpp(features, layers=3, components=4, **small),
+        "nice, logistic base": lambda solver: cnf.nice(features, base="logistic", **small),
         "maf": lambda solver: cnf.maf(features, layers=3, **small),
         "iaf": lambda solver: cnf.iaf(features, layers=3, **small),
         "nsf": lambda solver: cnf.nsf(features, layers=3, bins=4, **small),
         "nsf, autoregressive": lambda solver: cnf.nsf(
             features, layers=3, bins=4, autoregressive=True, **small
         ),
+        "naf": lambda solver: cnf.naf(features, layers=2, units=4, **small),
+        "unaf": lambda solver: cnf.unaf(features, layers=2, units=3, **small),
+        "bpf": lambda solver: cnf.bpf(features, layers=2, degree=5, **small),
+        "sospf": lambda solver: cnf.sospf(features, layers=2, polynomials=2, degree=1, **small),
+        "bnaf": lambda solver: cnf.bnaf(
+            features, context_features=context, layers=2, units=3, hidden=2
+        ),
+        "gaussianization": lambda solver: cnf.gaussianization(
+            features, layers=2, components=3, **small
+        ),
+        "planar": lambda solver: cnf.planar(features, layers=3, **small),
+        "planar, forward": lambda solver: cnf.planar(
+            features, layers=3, formula="forward", **small
+        ),
+        "radial": lambda solver: cnf.radial(features, layers=3, **small),
+        "sylvester": lambda solver: cnf.sylvester(features, layers=2, **small),
+        "residual flow": lambda solver: cnf.residual_flow(features, layers=2, **small),
+        "mixture": lambda solver: cnf.mixture(
+            features,
+            components=("nice", ("nsf", {"bins": 3, "layers": 2, "hidden": (8,)})),
+            **small,
+        ),
+        "ncsf": lambda solver: cnf.ncsf(features, layers=2, bins=3, **small),
     }
+    windows = {"ncsf": (-math.pi, math.pi)}
     return [
-        Member(f"{name}, D={features}, C={context}", build, (features,), context)
+        Member(
+            f"{name}, D={features}, C={context}",
+            build,
+            (features,),
+            context,
+            window=windows.get(name),
+        )
         for name, build in builders.items()
     ]
 

@@ -35,7 +35,11 @@ def points(
 ) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     event = (member.latent or member.event) if latent else member.event
-    return torch.randn(*batch, *event, generator=generator, dtype=F64).to(dtype)
+    drawn = torch.randn(*batch, *event, generator=generator, dtype=F64)
+    if member.window is not None:
+        low, high = member.window
+        drawn = low + (high - low) * torch.sigmoid(drawn)
+    return drawn.to(dtype)
 
 
 def contexts(member: Member, *batch: int, dtype: torch.dtype = F64) -> Tensor | None:
