@@ -30,7 +30,7 @@ from cnf.data.table import DataWarning
 from cnf.distributions import Base, Normal
 from cnf.divergence import CoupledBatchError, Exact, Hutchinson, HutchPlusPlus
 from cnf.flow import Evaluation, Flow
-from cnf.measure import Estimate, entropy, kl
+from cnf.measure import Estimate, bits_per_dimension, entropy, kl
 from cnf.models import (
     bnaf,
     bpf,
@@ -83,8 +83,8 @@ __all__ = [
     "NonFiniteState", "Normal", "Objective", "OffDiagonalNorm", "Request", "ReverseKL",
     "SecondOrderGradient", "Solver", "SolverError", "SolverWarning", "StepUnderflow",
     "TaylorDerivative", "TooManySteps", "TrainingError", "Transform", "UnknownNameError",
-    "VelocityNorm", "bijections", "bnaf", "bpf", "compare", "count_nfe", "data", "distributions",
-    "entropy", "ffjord", "fit", "flowpp", "gaussianization", "glow", "iaf", "kl", "load", "maf",
+    "VelocityNorm", "bijections", "bits_per_dimension", "bnaf", "bpf", "compare", "count_nfe",
+    "data", "distributions", "entropy", "ffjord", "fit", "flowpp", "gaussianization", "glow", "iaf", "kl", "load", "maf",
     "mixture", "models", "naf", "ncsf", "nets", "nice", "nsf", "planar", "radial", "realnvp",
     "residual_flow", "sospf", "sylvester", "transforms", "unaf",
 ]  # fmt: skip

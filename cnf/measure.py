@@ -1,14 +1,16 @@
-"""Monte-Carlo estimates of what distributions differ by, each with its standard error."""
+"""What distributions differ by: Monte-Carlo estimates with standard errors, and units."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from cnf.data import Target
+from cnf.distributions import as_shape
 from cnf.flow import Flow
 
 CHUNK = 10_000  # points that are drawn and scored at once
@@ -149,3 +151,25 @@ def _estimate(values: Tensor) -> Estimate:
 def _check(n: int) -> None:
     if n < 2:
         raise ValueError(f"an error needs at least two samples, got n={n}")
+
+
+def bits_per_dimension(log_prob: Tensor, event_shape: int | Sequence[int]) -> Tensor:
+    """−log₂ p(x) per entry of x, what densities of images are compared by.
+
+    For integers this is how many bits a lossless code would spend on each; the log-probability (or
+    the bound on it) of a flow with ``dequantize`` counts so. For a density of images scaled by
+    1/256 add 8 bits.
+
+    Args:
+        log_prob: in nats, ``(*batch,)``.
+        event_shape: the shape of one x.
+
+    Returns:
+        ``(*batch,)``.
+
+    Example:
+        >>> pixels = (1, 8, 8)
+        >>> round(bits_per_dimension(torch.tensor(-64 * math.log(256)), pixels).item(), 6)
+        8.0
+    """
+    return -log_prob / (math.prod(as_shape(event_shape)) * math.log(2))

@@ -10,6 +10,7 @@ from cnf.plots.canvas import require, write
 from cnf.plots.comparison import Curve, Panel, comparison
 from cnf.plots.density import Bounds, density, evaluate, grid
 from cnf.plots.history import history
+from cnf.plots.images import images
 
 __all__ = [
     "Bounds",
@@ -20,6 +21,7 @@ __all__ = [
     "evaluate",
     "grid",
     "history",
+    "images",
     "require",
     "write",
 ]
