@@ -78,15 +78,16 @@ __version__ = "0.1.0"
 __all__ = [
     "Base", "Batch", "Chain", "Comparison", "Continuous", "CoupledBatchError", "DataError",
     "DataWarning", "DiagonalNorm", "DirectionalDerivative", "Estimate", "Evaluation", "Exact",
-    "Flow", "FlowDensity", "FlowMatching", "HJBResidual", "History", "HutchPlusPlus", "Hutchinson",
-    "Inverse", "JacobianNorm", "KineticEnergy", "LoadError", "Loss", "Mapped", "MaximumLikelihood",
-    "NonFiniteState", "Normal", "Objective", "OffDiagonalNorm", "Request", "ReverseKL",
-    "SecondOrderGradient", "Solver", "SolverError", "SolverWarning", "StepUnderflow",
-    "TaylorDerivative", "TooManySteps", "TrainingError", "Transform", "UnknownNameError",
-    "VelocityNorm", "bijections", "bits_per_dimension", "bnaf", "bpf", "compare", "count_nfe",
-    "data", "distributions", "entropy", "ffjord", "fit", "flowpp", "gaussianization", "glow", "iaf", "kl", "load", "maf",
-    "mixture", "models", "naf", "ncsf", "nets", "nice", "nsf", "planar", "radial", "realnvp",
-    "residual_flow", "sospf", "sylvester", "transforms", "unaf",
+    "Flow", "FlowDensity", "FlowMatching", "HJBResidual", "History", "HutchPlusPlus",
+    "Hutchinson", "Inverse", "JacobianNorm", "KineticEnergy", "LoadError", "Loss", "Mapped",
+    "MaximumLikelihood", "NonFiniteState", "Normal", "Objective", "OffDiagonalNorm", "Request",
+    "ReverseKL", "SecondOrderGradient", "Solver", "SolverError", "SolverWarning",
+    "StepUnderflow", "TaylorDerivative", "TooManySteps", "TrainingError", "Transform",
+    "UnknownNameError", "VelocityNorm", "bijections", "bits_per_dimension", "bnaf", "bpf",
+    "compare", "count_nfe", "data", "distributions", "entropy", "ffjord", "fit", "flowpp",
+    "gaussianization", "glow", "iaf", "kl", "load", "maf", "mixture", "models", "naf", "ncsf",
+    "nets", "nice", "nsf", "planar", "radial", "realnvp", "residual_flow", "sospf", "sylvester",
+    "transforms", "unaf",
 ]  # fmt: skip
 
 
