@@ -73,13 +73,13 @@ class Continuous(Transform):
         self, z: Tensor, context: Tensor | None = None, request: Request | None = None
     ) -> Mapped:
         """Integrate from t = 0 to t = 1."""
-        return self._solve(z, z.new_tensor([0.0, 1.0]), context, request or DEFAULT_REQUEST)
+        return self._outside_graphs(z, (0.0, 1.0), context, request or DEFAULT_REQUEST)
 
     def inverse(
         self, x: Tensor, context: Tensor | None = None, request: Request | None = None
     ) -> Mapped:
         """Integrate from t = 1 to t = 0."""
-        return self._solve(x, x.new_tensor([1.0, 0.0]), context, request or DEFAULT_REQUEST)
+        return self._outside_graphs(x, (1.0, 0.0), context, request or DEFAULT_REQUEST)
 
     def trajectory(
         self, z: Tensor, times: Tensor, context: Tensor | None = None
@@ -104,9 +104,18 @@ class Continuous(Transform):
         )
         return (start, values) if bool(times[0] == 0) else (start[1:], values[1:])
 
-    def _solve(
-        self, value: Tensor, times: Tensor, context: Tensor | None, request: Request
+    def _outside_graphs(
+        self, value: Tensor, span: tuple[float, float], context: Tensor | None, request: Request
     ) -> Mapped:
+        """Solve, without a compiler that traces the call walking into the solver's loop."""
+        if torch.compiler.is_dynamo_compiling():
+            return torch.compiler.disable(self._solve)(value, span, context, request)
+        return self._solve(value, span, context, request)
+
+    def _solve(
+        self, value: Tensor, span: tuple[float, float], context: Tensor | None, request: Request
+    ) -> Mapped:
+        times = value.new_tensor(span)
         divergence = request.divergence or self.divergence
         clock = self.log_end_time.exp() * request.clock
         traced = request.log_det or bool(request.costs)
@@ -117,7 +126,7 @@ class Continuous(Transform):
             refuse_coupling(self.field, start, value, context)
             noise = divergence.draw(self.field, start, value, context, request.generator)
         # costs are integrals over |dt|: they grow in whichever direction the solver walks
-        heading = 1.0 if bool(times[1] > times[0]) else -1.0
+        heading = 1.0 if span[1] > span[0] else -1.0
         batch = value.shape[: value.dim() - event_dims(self.field)]
         samples = request.variance and divergence.stochastic
         if samples and divergence.estimates < 2:
