@@ -28,7 +28,8 @@ def tanh(h: Tensor) -> tuple[Tensor, Tensor]:
 
 def softplus(h: Tensor) -> tuple[Tensor, Tensor]:
     """log(1 + eʰ) and its slope."""
-    return nn.functional.softplus(h), torch.sigmoid(h)
+    # torch's softplus is cut off at 20, where it would not fit its slope
+    return -nn.functional.logsigmoid(-h), torch.sigmoid(h)
 
 
 def silu(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,6 +58,15 @@ SMOOTH: dict[str, Activation] = {
     "gelu": gelu,
 }
 
+#: The same activations without their slopes: what a velocity alone needs.
+VALUES: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "softplus": nn.functional.softplus,
+    "silu": nn.functional.silu,
+    "sine": torch.sin,
+    "gelu": nn.functional.gelu,
+}
+
 
 class Field(nn.Module, ABC):
     """A velocity field whose gradients reach its own parameters, x and the context, no others.
@@ -83,7 +93,8 @@ class TimeMLP(Field):
     Args:
         features: D, the size of x and of the velocity.
         hidden: sizes of the hidden layers.
-        conditioning: the kind of layer: ignore, concat, squash, concatsquash, hyper or blend.
+        conditioning: the kind of layer: ignore, concat, concat_v2, squash, concatsquash,
+            concatcoord, hyper or blend.
         activation: tanh, softplus, silu, sine or gelu; smooth, because solvers are only as good
             as the field is smooth.
         context_features: size of the context, 0 for none.
@@ -119,9 +130,9 @@ class TimeMLP(Field):
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The velocity at ``(*batch, features)``."""
         *inner, last = self.layers.at(t, context)
-        activate = SMOOTH[self.activation]
+        activate = VALUES[self.activation]
         for affine in inner:
-            x, _ = activate(affine.apply(x))
+            x = activate(affine.apply(x))
         return last.apply(x)
 
     def push(

@@ -33,6 +33,9 @@ class Affine(NamedTuple):
         """Map points."""
         if self.gate is None and self.weight.dim() == 2 and self.shift.dim() == 1:
             return nn.functional.linear(x, self.weight, self.shift)
+        if self.gate is not None and self.weight.dim() == 2:
+            # one pass over the batch instead of two
+            return torch.addcmul(self.shift, nn.functional.linear(x, self.weight), self.gate)
         return self.linear(x) + self.shift
 
     def linear(self, u: Tensor) -> Tensor:
@@ -83,6 +86,8 @@ class TimeLayers(nn.Module, ABC):
 
     def at(self, t: Tensor, context: Tensor | None) -> list[Affine]:
         """Each layer at time ``t``, with what the context adds to its shift."""
+        if t.dim() and t.stride(-1) == 0:
+            t = t[..., :1]  # one time along the whole axis: what follows from it is computed once
         weights, gate, shift = self.coefficients(t)
         if self.from_context is not None and context is not None:
             shift = shift + self.from_context(context)
@@ -189,6 +194,9 @@ class Blend(TimeLayers):
 TIME_LAYERS: dict[str, type[TimeLayers]] = {
     "ignore": Ignore,
     "concat": Concat,
+    # on vectors a shift linear in time, and time beside coordinates that are constant, come to it
+    "concat_v2": Concat,
+    "concatcoord": Concat,
     "squash": Squash,
     "concatsquash": ConcatSquash,
     "hyper": Hyper,
