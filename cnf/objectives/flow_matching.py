@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from cnf.divergence import event_dims
 from cnf.objectives.base import Batch, Loss, Objective, mean
 from cnf.objectives.coupling import Coupling, Independent, as_coupling, pair
 from cnf.objectives.paths import Path, Times, as_path, as_times
@@ -16,6 +18,8 @@ from cnf.transforms.base import Request, Transform
 
 if TYPE_CHECKING:
     from cnf.flow import Flow
+
+LEAST_TIMES = 64  # larger batches share times: coefficients of time are half of a small net's work
 
 
 class FlowMatching(Objective):
@@ -95,11 +99,11 @@ class FlowMatching(Objective):
             for transform in reversed(outside):
                 x = transform.inverse(x, context, request).value
             z = pair(self.coupling, z, x, batch.context, generator)
-            t = self.times.draw(len(x), x, generator)
-            point = self.path.at(t)
+            share = _rows_per_time(len(x), part)
+            t = self.times.draw(len(x) // share, x, generator)
+            point = self.path.at(t.repeat_interleave(share))
             position, target = point.position(z, x), point.velocity(z, x)
-        clock = part.log_end_time.exp()
-        velocity = clock * part.field(clock * t, position, context)
+        velocity = _velocity(part, t, position, context, share)
         total = mean((velocity - target).square().flatten(1).sum(1), batch.weight)
         return Loss(total, {"velocity error": total.detach()})
 
@@ -114,6 +118,23 @@ class FlowMatching(Objective):
             return None
         scaled = scaling.inverse(batch.context).value
         return scaled if self.flow.encoder is None else self.flow.encoder(scaled)
+
+
+def _rows_per_time(rows: int, part: Continuous) -> int:
+    """How many rows in a row share a time: a divisor of their number."""
+    return math.gcd(rows, max(rows // LEAST_TIMES, 1)) if event_dims(part.field) == 1 else 1
+
+
+def _velocity(part: Continuous, t: Tensor, x: Tensor, context: Tensor | None, share: int) -> Tensor:
+    """The velocity at rows of x, of which so many in a row share one of the times t."""
+    clock = part.log_end_time.exp()
+    if share == 1:
+        return clock * part.field(clock * t, x, context)
+    if context is not None:
+        context = context.unflatten(0, (-1, share))
+    # expanded rather than repeated, which tells the layers that they may compute it once
+    t = (clock * t).unsqueeze(1).expand(-1, share)
+    return clock * part.field(t, x.unflatten(0, (-1, share)), context).flatten(0, 1)
 
 
 def continuous_part(flow: Flow) -> tuple[Continuous, list[Transform]]:

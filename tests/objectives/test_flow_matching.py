@@ -8,6 +8,7 @@ from torch import nn
 
 import cnf
 from cnf.objectives import OBJECTIVES, Batch, FlowMatching, build_objective
+from cnf.objectives.flow_matching import LEAST_TIMES
 from cnf.transforms import Chain, Continuous, Diagonal, Permutation
 
 MEAN, SPREAD = 1.5, 0.4
@@ -95,6 +96,19 @@ def test_a_batch_matches_the_formula_with_clock_and_scaling():
     at = z + t[:, None] * (data - z)
     error = 2 * field(2 * t, at) - (data - z)
     torch.testing.assert_close(loss.total, error.square().sum(-1).mean())
+
+
+def test_rows_that_share_a_time_have_the_loss_of_rows_that_do_not():
+    flow = cnf.ffjord(2, hidden=(8, 8), context_features=1, end_time=1.5).double()
+    objective = FlowMatching(flow)
+    rows = 3 * LEAST_TIMES
+    x, context = torch.randn(rows, 2).double(), torch.randn(rows, 1).double()
+    loss = objective(Batch(x, context), generator=generator(3)).total
+    noise = generator(3)
+    z = torch.randn(rows, 2, dtype=torch.float64, generator=noise)
+    t = objective.times.draw(LEAST_TIMES, x, noise).repeat_interleave(3)
+    velocity = 1.5 * flow.transform.field(1.5 * t, z + t[:, None] * (x - z), context)
+    torch.testing.assert_close(loss, (velocity - (x - z)).square().sum(-1).mean())
 
 
 def test_weights_are_normalised():
