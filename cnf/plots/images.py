@@ -30,7 +30,7 @@ def images(
     figure = canvas.new(3.0 * len(panels), 3.0 * rows / columns + 0.7)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for one, (name, values) in zip(axes, panels.items(), strict=True):
-        one.imshow(_tiles(values / high, columns), cmap="gray", vmin=0, vmax=1)
+        one.imshow(_tiles(values / high, columns).numpy(), cmap="gray", vmin=0, vmax=1)
         one.set_title(name, fontsize=10)
         one.set_axis_off()
     if title:
