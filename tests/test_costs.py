@@ -261,9 +261,10 @@ def test_gradient_modes_agree(gradient, costs):
         torch.manual_seed(0)
         solver = cnf.Solver(rtol=1e-7, atol=1e-7, gradient=mode)
         if isinstance(costs[0], HJBResidual):
-            transform = Continuous(
-                cnf.nets.PotentialField(2, 8, context_features=1), solver=solver
-            ).double()
+            field = cnf.nets.PotentialField(2, 8, context_features=1)
+            with torch.no_grad():
+                field.affine.weight[0, 2] = 50.0  # a residual of one sign: no kink
+            transform = Continuous(field, solver=solver).double()
         else:
             field = cnf.nets.TimeMLP(2, (8,), context_features=1)
             transform = Continuous(field, solver=solver, trainable_end_time=True).double()
