@@ -208,5 +208,5 @@ def _batch_norm(part: Any) -> Inverse:
     scale = part.weight / torch.sqrt(part.running_var + part.eps)
     ours = Diagonal(len(scale)).to(scale)
     ours.log_scale.copy_(scale.log())
-    ours.bias.copy_(part.bias - part.running_mean * scale)
+    ours.bias.copy_(part.bias - part.running_mean * scale)  # type: ignore[union-attr]
     return Inverse(ours)
