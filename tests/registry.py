@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 import cnf
-from cnf.bijections import Affine, RationalQuadratic
+from cnf.bijections import Affine, Inverted, NeuralAutoregressive, RationalQuadratic
 from cnf.nets import MADE, MLP, ConvNet, GatedAttention, ResNet, TimeMLP
 from cnf.transforms import (
     ActNorm,
     Autoregressive,
     BatchNorm,
+    BlockAutoregressive,
     Chain,
     Checkerboard,
     Continuous,
@@ -119,6 +120,18 @@ TRANSFORMS = [
         context=2,
     ),
     Member("spline autoregressive", spline_autoregressive),
+    Member("block autoregressive", lambda solver: BlockAutoregressive(3, units=3)),
+    Member(
+        "block autoregressive with context",
+        lambda solver: BlockAutoregressive(3, units=3, context_features=2),
+        context=2,
+    ),
+    Member(
+        "neural autoregressive",
+        lambda solver: Autoregressive(
+            Inverted(NeuralAutoregressive(units=3)), MADE(3, 9, hidden=(8,))
+        ),
+    ),
     Member("inverse autoregressive", lambda solver: Inverse(spline_autoregressive())),
     Member("elementwise", lambda solver: Elementwise(RationalQuadratic(bins=4), (3,))),
     Member(
