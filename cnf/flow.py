@@ -16,6 +16,7 @@ from cnf.registry import Recipe
 from cnf.storage import save
 from cnf.transforms.base import Mapped, Request, Transform, compose
 from cnf.transforms.normalization import Standardize
+from cnf.transforms.support import SupportedStandardize
 
 VALUE_ONLY = Request(log_det=False)
 
@@ -50,6 +51,8 @@ class Flow(nn.Module):
         context_features: size of the context, 0 for an unconditional density.
         standardize: False leaves x as it is whatever data comes, for a transform whose data's side
             has units of its own: dequantisation wants integers. The context is scaled all the same.
+        support: a fixed map from all of space onto the part where x lives, ``Interval`` or
+            ``Simplex``; x is standardised behind it, and has log-density -inf outside.
         encoder: a network from the (standardised) context ``(*batch, context_features)`` to what
             transform and base are conditioned on instead; it is trained along and saved with them.
 
@@ -74,19 +77,25 @@ class Flow(nn.Module):
         event_shape: int | Sequence[int] | None = None,
         context_features: int = 0,
         standardize: bool = True,
+        support: Transform | None = None,
         encoder: nn.Module | None = None,
     ):
         super().__init__()
         self.event_shape = as_shape(base.event_shape if event_shape is None else event_shape)
         self.context_features = context_features
-        if transform.latent_shape(self.event_shape) != base.event_shape:
+        self.scaling: Standardize
+        if support is None:
+            self.scaling = Standardize(self.event_shape)
+        else:
+            self.scaling = SupportedStandardize(support, self.event_shape)
+        latent = transform.latent_shape(self.scaling.event_shape)
+        if latent != base.event_shape:
             raise ValueError(
-                f"the transform takes x of shape {self.event_shape} to z of shape "
-                f"{transform.latent_shape(self.event_shape)}, and the base has {base.event_shape}"
+                f"the transform takes x of shape {self.scaling.event_shape} to z of shape "
+                f"{latent}, and the base has {base.event_shape}"
             )
         self.transform = transform
         self.base = base
-        self.scaling = Standardize(self.event_shape)
         self.scales_data = standardize
         self.register_buffer("initialized", torch.tensor(False))
         self.context_scaling = Standardize((context_features,)) if context_features else None
@@ -430,7 +439,9 @@ class FlowDistribution(torch.distributions.Distribution):
 
     @property
     def support(self) -> Any:
-        """All of real space."""
+        """All of real space, or what the flow's support says."""
+        if isinstance(self.flow.scaling, SupportedStandardize):
+            return self.flow.scaling.constraint
         constraints = torch.distributions.constraints
         return constraints.independent(constraints.real, len(self.event_shape))
 

@@ -31,6 +31,7 @@ from cnf.transforms.normalization import ActNorm, BatchNorm, Standardize
 from cnf.transforms.pixels import Checkerboard, Squeeze
 from cnf.transforms.planar import Planar, Radial, Sylvester
 from cnf.transforms.residual import ExactLogDet, Residual, TruncatedLogDet, UnbiasedLogDet
+from cnf.transforms.support import Interval, Simplex, SupportedStandardize, as_support
 
 __all__ = [
     "ActNorm",
@@ -47,6 +48,7 @@ __all__ = [
     "Elementwise",
     "ExactLogDet",
     "HouseholderLinear",
+    "Interval",
     "Inverse",
     "LULinear",
     "Linear",
@@ -61,14 +63,17 @@ __all__ = [
     "Residual",
     "Rotation",
     "SVDLinear",
+    "Simplex",
     "Squeeze",
     "Standardize",
+    "SupportedStandardize",
     "Sylvester",
     "Transform",
     "Triangular",
     "TruncatedLogDet",
     "UnbiasedLogDet",
     "alternating_mask",
+    "as_support",
     "channel_mask",
     "half_mask",
     "random_mask",
