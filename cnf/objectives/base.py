@@ -43,9 +43,11 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         flow: the flow that is trained. An objective may have parameters of its own beside it.
+        lr: the peak learning rate that suits it unless ``fit`` is told another.
     """
 
     flow: Flow
+    lr: float = 5e-3
 
     def __init__(self, flow: Flow):
         super().__init__()

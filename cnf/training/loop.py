@@ -38,7 +38,7 @@ def fit(
     steps: int | None = None,
     seconds: float | None = None,
     batch_size: int = 512,
-    lr: float = 5e-3,
+    lr: float | None = None,
     weight_decay: float = 0.0,
     warmup: float = 0.02,
     schedule: str = "cosine",
@@ -75,7 +75,7 @@ def fit(
         steps: how many optimiser steps to make.
         seconds: how much wall time to train for, validation included.
         batch_size: rows per step.
-        lr: the peak learning rate.
+        lr: the peak learning rate; None takes each objective's own.
         weight_decay: AdamW's, on matrices.
         warmup: the fraction of the budget over which the learning rate rises.
         schedule: ``"cosine"`` or ``"constant"``, after the warm-up.

@@ -47,7 +47,7 @@ class Settings:
     shares: tuple[float, ...]
     steps: int | None
     seconds: float | None
-    lr: float
+    lr: float | None
     weight_decay: float
     warmup: float
     schedule: str
@@ -58,7 +58,7 @@ class Settings:
     on_failure: str
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
+        if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
@@ -180,9 +180,10 @@ class Run:
         share = budget.stage(
             index, settings.shares, settings.steps, settings.seconds, start=(step, elapsed)
         )
+        objective = self.objectives[index][1]
         updater = Updater(
-            self.objectives[index][1],
-            lr=settings.lr,
+            objective,
+            lr=objective.lr if settings.lr is None else settings.lr,
             weight_decay=settings.weight_decay,
             clip=settings.clip,
             average=settings.average,
@@ -262,7 +263,7 @@ class Run:
             # a run in which nothing ever worked is no result, however short it was
             idle = history.skipped == history.steps and stage.budget.last_step == history.steps
             if persists or idle or settings.on_failure == "stop":
-                self._give_up(failure, settings.lr * rate)
+                self._give_up(failure, stage.updater.lr * rate)
 
     def _validate(self, stage: Stage, progress: float) -> None:
         """Score the averaged weights and keep them if they are the best so far."""
