@@ -65,12 +65,13 @@ def main() -> None:
     print(f"{options.model}: {bits.mean():.3f} ± {error:.3f} bits per dimension (an upper bound)")
     print(history.summary())
 
+    data = "digits" if options.mnist is None else options.mnist.stem
     panels = {"held out": test[:32]}
     for temperature in (0.7, 1.0):
         drawn = flow.sample((32,), temperature=temperature, generator=noise)
         panels[f"temperature {temperature}"] = drawn
     picture = plots.images(panels, high=bins - 1, title=options.model)
-    print(plots.write(picture, options.out / "digits.png"))
+    print(plots.write(picture, options.out / f"{data}_{options.model}.png"))
 
 
 if __name__ == "__main__":
