@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cnf.models.autoregressive import iaf, maf
 from cnf.models.bumps import planar, radial, sylvester
-from cnf.models.continuous import ffjord
+from cnf.models.continuous import ffjord, otflow, rnode
 from cnf.models.coupling import nice
 from cnf.models.gaussianize import gaussianization
 from cnf.models.image import flowpp, glow, realnvp
@@ -31,10 +31,12 @@ __all__ = [
     "ncsf",
     "nice",
     "nsf",
+    "otflow",
     "planar",
     "radial",
     "realnvp",
     "residual_flow",
+    "rnode",
     "sospf",
     "sylvester",
     "unaf",

@@ -17,6 +17,7 @@ from cnf.objectives.paths import (
     UniformTimes,
     VariancePreserving,
 )
+from cnf.objectives.regularized import otflow, rnode
 from cnf.objectives.reverse_kl import ReverseKL
 from cnf.registry import unknown_name
 
@@ -33,6 +34,8 @@ __all__ = [
 OBJECTIVES: dict[str, Callable[[Flow], Objective]] = {
     "likelihood": MaximumLikelihood,
     "flow-matching": FlowMatching,
+    "rnode": rnode,
+    "otflow": otflow,
 }
 
 
