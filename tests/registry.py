@@ -14,7 +14,17 @@ from torch import nn
 
 import cnf
 from cnf.bijections import Affine, Inverted, NeuralAutoregressive, RationalQuadratic
-from cnf.nets import MADE, MLP, ConvNet, GatedAttention, ResNet, TimeMLP
+from cnf.nets import (
+    MADE,
+    MLP,
+    ConvField,
+    ConvNet,
+    GatedAttention,
+    PotentialField,
+    ResidualField,
+    ResNet,
+    TimeMLP,
+)
 from cnf.transforms import (
     ActNorm,
     Autoregressive,
@@ -199,6 +209,24 @@ TRANSFORMS = [
     Member(
         "continuous, hyper", lambda solver: continuous(solver, 1, conditioning="hyper"), event=(1,)
     ),
+    Member(
+        "continuous, potential",
+        lambda solver: Continuous(PotentialField(2, 4, context_features=2), solver=solver),
+        event=(2,),
+        context=2,
+    ),
+    Member(
+        "continuous, residual",
+        lambda solver: Continuous(ResidualField(2, 6, 2, context_features=2), solver=solver),
+        event=(2,),
+        context=2,
+    ),
+    Member(
+        "continuous, convolutional",
+        lambda solver: Continuous(ConvField(1, (2,), context_features=2), solver=solver),
+        event=(1, 2, 2),
+        context=2,
+    ),
     Member("continuous, fixed grid", lambda solver: continuous(GRID, 2), event=(2,)),
     Member("chain", lambda solver: Chain([continuous(solver), LULinear(3), spline_coupling()])),
 ]
@@ -211,6 +239,13 @@ def models(features: int, context: int) -> list[Member]:
         "ffjord": lambda solver: cnf.ffjord(features, solver=solver, **small),
         "ffjord, two blocks": lambda solver: cnf.ffjord(
             features, blocks=2, solver=solver, trainable_end_time=True, **small
+        ),
+        "ffjord, film and actnorm": lambda solver: cnf.ffjord(
+            features, context_by="film", normalization="actnorm", solver=solver, **small
+        ),
+        "rnode": lambda solver: cnf.rnode(features, conditioning="blend", solver=solver, **small),
+        "otflow": lambda solver: cnf.otflow(
+            features, width=6, context_features=context, solver=solver
         ),
         "nice": lambda solver: cnf.nice(features, **small),
         "realnvp": lambda solver: cnf.realnvp(features, layers=4, **small),
@@ -264,6 +299,7 @@ def image_models(event: tuple[int, ...], context: int) -> list[Member]:
     """Every registered model for images, on images without units of their own."""
     small = {"hidden": (4,), "context_features": context}
     builders = {
+        "ffjord": lambda solver: cnf.ffjord(event, levels=2, solver=solver, **small),
         "realnvp": lambda solver: cnf.realnvp(event, layers=2, **small),
         "glow": lambda solver: cnf.glow(event, depth=2, **small),
         "flowpp": lambda solver: cnf.flowpp(event, layers=2, components=3, heads=2, **small),
