@@ -5,6 +5,7 @@ from cnf.nets.conditioning import ConditionedMLP
 from cnf.nets.conv import ConvNet, GatedAttention, ResNet
 from cnf.nets.conv_field import ConvField
 from cnf.nets.fields import Field, TimeMLP
+from cnf.nets.guidance import Guided, OptionalContext
 from cnf.nets.made import MADE, MaskedLinear
 from cnf.nets.mlp import MLP
 from cnf.nets.potential import PotentialField
@@ -18,7 +19,9 @@ __all__ = [
     "ConvNet",
     "Field",
     "GatedAttention",
+    "Guided",
     "MaskedLinear",
+    "OptionalContext",
     "PotentialField",
     "ResNet",
     "ResidualField",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cnf.objectives.base import Batch, Loss, Objective
 from cnf.objectives.coupling import Coupling, ExactTransport, Independent, Sinkhorn
-from cnf.objectives.flow_matching import FlowMatching
+from cnf.objectives.flow_matching import FlowMatching, guided
 from cnf.objectives.likelihood import MaximumLikelihood
 from cnf.objectives.paths import (
     LinearPath,
@@ -28,6 +28,7 @@ __all__ = [
     "OBJECTIVES", "Batch", "Coupling", "ExactTransport", "FlowMatching", "Independent",
     "LinearPath", "LogitNormalTimes", "Loss", "MaximumLikelihood", "Objective", "Path",
     "ReverseKL", "Sinkhorn", "Times", "UniformTimes", "VariancePreserving", "build_objective",
+    "guided",
 ]  # fmt: skip
 
 #: Builders of objectives by the name that ``fit(objective=…)`` takes; each is given the flow.

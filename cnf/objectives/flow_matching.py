@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cnf.divergence import event_dims
+from cnf.nets.guidance import Guided
 from cnf.objectives.base import Batch, Loss, Objective, mean
 from cnf.objectives.coupling import Coupling, Independent, as_coupling, pair
 from cnf.objectives.paths import Path, Times, as_path, as_times
@@ -37,6 +38,9 @@ class FlowMatching(Objective):
         coupling: who is paired with whom: ``"independent"``; ``"exact"`` or ``"sinkhorn"`` optimal
             transport within the batch, and within equal contexts; ``"reflow"``; or a record.
         times: ``"uniform"``, ``"logit-normal"`` or a record.
+        drop_context: the fraction of rows whose context is replaced by NaN, "not given", so that
+            ``guided`` has an unconditional velocity to start from; the flow needs an encoder that
+            takes it, ``cnf.nets.OptionalContext()``.
         teacher: for ``"reflow"``, the flow whose pairs ``(z, teacher.decode(z))`` are learned in
             place of the data (rectified flow). A frozen copy is made: it may be ``flow`` itself.
 
@@ -58,10 +62,16 @@ class FlowMatching(Objective):
         path: str | Path = "linear",
         coupling: str | Coupling = "independent",
         times: str | Times = "uniform",
+        drop_context: float = 0.0,
         teacher: Flow | None = None,
     ):
         super().__init__(flow)
         continuous_part(flow)  # refuse at once what cannot be matched
+        if not 0 <= drop_context < 1:
+            raise ValueError(f"drop_context must lie in [0, 1), got {drop_context}")
+        if drop_context:
+            missing_context(flow)
+        self.drop_context = drop_context
         self.path = as_path(path)
         self.times = as_times(times)
         reflow = coupling == "reflow"
@@ -92,7 +102,8 @@ class FlowMatching(Objective):
         """The loss of one batch; ``terms`` holds ``"velocity error"``, the squared error."""
         flow = self.flow
         part, outside = continuous_part(flow)
-        context = self._context(batch)  # with its gradient: a flow may train an encoder of it
+        # with its gradient: a flow may train an encoder of it
+        context = self._context(batch, generator)
         with torch.no_grad():
             z = flow.base.rsample((len(batch.x),), context, 1.0, generator)
             x = batch.x if self.teacher is None else self.teacher.decode(z, batch.context)
@@ -109,7 +120,7 @@ class FlowMatching(Objective):
         total = mean((velocity - target).square().flatten(1).sum(1), batch.weight)
         return Loss(total, {"velocity error": total.detach()})
 
-    def _context(self, batch: Batch) -> Tensor | None:
+    def _context(self, batch: Batch, generator: torch.Generator | None) -> Tensor | None:
         scaling = self.flow.context_scaling
         if (batch.context is None) != (scaling is None):
             raise ValueError(
@@ -119,7 +130,57 @@ class FlowMatching(Objective):
         if batch.context is None or scaling is None:
             return None
         scaled = scaling.inverse(batch.context).value
+        if self.drop_context:
+            chance = torch.rand(len(scaled), 1, generator=generator, device=scaled.device)
+            scaled = torch.where(chance < self.drop_context, math.nan, scaled)
         return scaled if self.flow.encoder is None else self.flow.encoder(scaled)
+
+
+def guided(flow: Flow, weight: float) -> Flow:
+    """A copy of a conditional flow whose context counts ``weight`` times (1: as in the flow).
+
+    It is a flow in its own right: its samples are the guided ones, and its ``log_prob`` is exactly
+    their density. ``flow`` must have been trained with dropped contexts, see ``FlowMatching``.
+
+    Args:
+        flow: its transform begins with a continuous one, which is the part that is guided.
+        weight: more than 1 exaggerates what the context changes.
+
+    Example:
+        >>> import cnf
+        >>> field = cnf.nets.TimeMLP(2, (8,), context_features=4)
+        >>> flow = cnf.Flow(
+        ...     cnf.Continuous(field),
+        ...     cnf.Normal(2),
+        ...     context_features=3,
+        ...     encoder=cnf.nets.OptionalContext(),
+        ... )
+        >>> guided(flow, 2.0).sample((5,), torch.eye(3)[0]).shape
+        torch.Size([5, 2])
+    """
+    missing = missing_context(flow)
+    flow = copy.deepcopy(flow)
+    flow.recipe = None  # it no longer is what the recipe builds
+    part, _ = continuous_part(flow)
+    part.field = Guided(part.field, missing, weight)
+    return flow
+
+
+def missing_context(flow: Flow) -> Tensor:
+    """What the flow's transform sees where no context is given.
+
+    Raises:
+        ValueError: if the flow has no way to say so.
+    """
+    given = torch.full((flow.context_features,), math.nan, dtype=flow.dtype, device=flow.device)
+    missing = given if flow.encoder is None else flow.encoder(given)
+    if not flow.context_features or not bool(torch.isfinite(missing).all()):
+        raise ValueError(
+            "guidance needs a conditional flow whose context may be missing: build its field for "
+            "one more context feature, and the flow with context_features=… and "
+            "encoder=cnf.nets.OptionalContext()"
+        )
+    return missing
 
 
 def _rows_per_time(rows: int, part: Continuous) -> int:
