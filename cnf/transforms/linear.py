@@ -258,7 +258,7 @@ class LULinear(Linear):
     def _factors(self) -> tuple[Tensor, Tensor]:
         eye = torch.eye(self.features, dtype=self.lower.dtype, device=self.lower.device)
         diagonal = self.sign * self.log_diagonal.exp()
-        return self.lower.tril(-1) + eye, self.upper.triu(1) + diagonal.diag()
+        return self.lower.tril(-1) + eye, self.upper.triu(1) + eye * diagonal
 
     def multiply(self, z: Tensor) -> Tensor:
         """P L U z."""
