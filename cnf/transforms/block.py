@@ -27,20 +27,33 @@ class BlockLinear(nn.Module):
         features: D, how many blocks.
         inputs: units in a block before the layer.
         outputs: units in a block after it.
+        length: the rows' length at the start.
+        spread: the offsets start uniform within this much of zero.
         generator: where initial weights come from.
     """
 
     lower: Tensor
 
     def __init__(
-        self, features: int, inputs: int, outputs: int, generator: torch.Generator | None = None
+        self,
+        features: int,
+        inputs: int,
+        outputs: int,
+        *,
+        length: float = 1.0,
+        spread: float = 1.0,
+        generator: torch.Generator | None = None,
     ):
         super().__init__()
-        shape = (features, outputs, features, inputs)
-        self.raw = nn.Parameter(torch.randn(shape, generator=generator) / math.sqrt(inputs))
-        self.log_length = nn.Parameter(torch.zeros(features, outputs))
-        offsets = 2 * torch.rand(features, outputs, generator=generator) - 1
-        self.bias = nn.Parameter(offsets / math.sqrt(inputs))
+        raw = 0.3 * torch.randn(features, outputs, features, inputs, generator=generator)
+        # positive weights that start uniform: units that start alike would long stay alike
+        own = torch.rand(features, inputs, outputs, generator=generator).clamp_min(1e-3).log()
+        raw.diagonal(dim1=0, dim2=2).copy_(own.permute(2, 1, 0))
+        self.raw = nn.Parameter(raw)
+        self.log_length = nn.Parameter(torch.full((features, outputs), math.log(length)))
+        self.bias = nn.Parameter(
+            spread * (2 * torch.rand(features, outputs, generator=generator) - 1)
+        )
         blocks = torch.ones(features, features).tril(-1)
         self.register_buffer("lower", blocks[:, None, :, None], persistent=False)
 
@@ -99,9 +112,13 @@ class BlockAutoregressive(Transform):
         self.features = features
         self.units = units
         sizes = [1, *[units] * hidden, 1]
+        # the first offsets put the units' bends where standardised data is
+        starts = [(1.5, 3.0), *[(1.5, 1.0)] * (hidden - 1), (3.0, 0.0)]
         self.layers = nn.ModuleList(
-            BlockLinear(features, before, after, generator)
-            for before, after in itertools.pairwise(sizes)
+            BlockLinear(features, before, after, length=length, spread=spread, generator=generator)
+            for (before, after), (length, spread) in zip(
+                itertools.pairwise(sizes), starts, strict=True
+            )
         )
         self.gate = nn.Parameter(torch.zeros(features))
         self.context_layer = (
