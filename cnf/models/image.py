@@ -135,7 +135,7 @@ def glow(
     bound: float = 3.0,
     dequantize: str = "none",
     bins: int = 256,
-    margin: float | None = None,
+    margin: float | None = 0.05,
 ) -> Flow:
     """Glow: steps of ActNorm, 1×1 convolution and affine coupling, on several levels.
 
@@ -153,7 +153,8 @@ def glow(
         dequantize: ``"none"`` for continuous x; ``"uniform"`` (the paper's) or ``"variational"``
             for integers.
         bins: the integers are 0, …, bins - 1.
-        margin: for a logit of the data, as RealNVP has; None (the paper's) centres them only.
+        margin: integers are scaled to [margin, 1 - margin] and a logit taken, which helps where
+            many lie at an end; None (the paper's) only centres them.
 
     Paper: Kingma & Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions", 2018.
 
