@@ -56,7 +56,15 @@ from cnf.models import (
     sylvester,
     unaf,
 )
-from cnf.objectives import Batch, FlowMatching, Loss, MaximumLikelihood, Objective, ReverseKL
+from cnf.objectives import (
+    Batch,
+    FlowMatching,
+    Loss,
+    MaximumLikelihood,
+    Objective,
+    ReverseKL,
+    guided,
+)
 from cnf.ode import (
     NonFiniteState,
     SecondOrderGradient,
@@ -80,14 +88,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Base", "Batch", "Chain", "Comparison", "Continuous", "CoupledBatchError", "DataError",
     "DataWarning", "DiagonalNorm", "DirectionalDerivative", "Estimate", "Evaluation", "Exact",
-    "Flow", "FlowDensity", "FlowMatching", "HJBResidual", "History", "HutchPlusPlus",
-    "Hutchinson", "Inverse", "JacobianNorm", "KineticEnergy", "LoadError", "Loss", "Mapped",
-    "MaximumLikelihood", "NonFiniteState", "Normal", "Objective", "OffDiagonalNorm", "Request",
-    "ReverseKL", "SecondOrderGradient", "Solver", "SolverError", "SolverWarning", "StepUnderflow",
+    "Flow", "FlowDensity", "FlowMatching", "HJBResidual", "History", "HutchPlusPlus", "Hutchinson",
+    "Inverse", "JacobianNorm", "KineticEnergy", "LoadError", "Loss", "Mapped", "MaximumLikelihood",
+    "NonFiniteState", "Normal", "Objective", "OffDiagonalNorm", "Request", "ReverseKL",
+    "SecondOrderGradient", "Solver", "SolverError", "SolverWarning", "StepUnderflow",
     "TaylorDerivative", "TooManySteps", "TrainingError", "Transform", "UnknownNameError",
     "VelocityNorm", "bijections", "bits_per_dimension", "bnaf", "bpf", "compare", "count_nfe",
     "data", "distributions", "entropy", "ffjord", "fit", "flowpp", "gaussianization", "glow",
-    "iaf", "kl", "load", "maf", "mixture", "models", "naf", "ncsf", "nets", "nice", "nsf",
+    "guided", "iaf", "kl", "load", "maf", "mixture", "models", "naf", "ncsf", "nets", "nice", "nsf",
     "otflow", "planar", "radial", "realnvp", "residual_flow", "rnode", "sospf", "sylvester",
     "transforms", "unaf",
 ]  # fmt: skip
