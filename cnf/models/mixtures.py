@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from cnf.bijections import FixedAffine
 from cnf.distributions import Mixture, Transformed
 from cnf.flow import Flow
 from cnf.models.parts import context_net
 from cnf.registry import MODELS
-from cnf.transforms import Elementwise
+from cnf.transforms import Chain, Diagonal, Elementwise, Transform
 
 
 @MODELS.register(paper="", family="mixture")
@@ -20,6 +22,7 @@ def mixture(
     context_features: int = 0,
     components: tuple[str | tuple[str, Mapping[str, Any]], ...] = ("realnvp",) * 4,
     hidden: tuple[int, ...] = (64,),
+    spread: float = 1.0,
 ) -> Flow:
     """A mixture of flows: p(x) = Σ_k w_k p_k(x), for data in separate pieces.
 
@@ -34,6 +37,8 @@ def mixture(
         components: names of registered models, each alone or with its arguments, as in
             ``("nsf", {"bins": 4})``.
         hidden: sizes of the hidden layers of the network from context to the weights.
+        spread: components of vectors start this far apart, each moved and scaled by an affine map
+            of its own, because components that start alike part slowly. 0 for no such maps.
 
     Example:
         >>> import torch
@@ -55,14 +60,23 @@ def mixture(
             "a mixture needs components with an exact density: of bounds and estimates it would "
             f"be neither; got {components}"
         )
-    event_shape = flows[0].event_shape
+    event_shape, scales_data = flows[0].event_shape, flows[0].scales_data
+    apart = spread if scales_data and len(event_shape) == 1 else 0.0
     base = Mixture(
-        [Transformed(flow.transform, flow.base, event_shape) for flow in flows],
+        [Transformed(_moved(flow, apart), flow.base, event_shape) for flow in flows],
         conditioner=context_net(context_features, len(flows), hidden, "relu"),
     )
     return Flow(
         Elementwise(FixedAffine(), event_shape),
         base,
         context_features=context_features,
-        standardize=flows[0].scales_data,
+        standardize=scales_data,
     )
+
+
+def _moved(flow: Flow, spread: float) -> Transform:
+    """The flow's transform, and an affine map that starts at a random shift."""
+    if not spread:
+        return flow.transform
+    (features,) = flow.event_shape
+    return Chain([flow.transform, Diagonal(features, shift=spread * torch.randn(features))])
