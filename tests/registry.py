@@ -54,7 +54,8 @@ from cnf.transforms import (
     half_mask,
 )
 
-TIGHT = cnf.Solver(rtol=1e-11, atol=1e-11)
+# of the adaptive methods the one that such a tolerance costs least
+TIGHT = cnf.Solver("dopri8", rtol=1e-11, atol=1e-11)
 SINGLE = cnf.Solver(rtol=1e-6, atol=1e-6)
 # a fixed grid of forty steps, fine enough for its two directions to agree
 GRID = cnf.Solver(method="rk4", step_size=0.025)
@@ -290,6 +291,7 @@ def models(features: int, context: int) -> list[Member]:
             (features,),
             context,
             window=windows.get(name),
+            spread=0.05 if name == "otflow" else 0.3,
         )
         for name, build in builders.items()
     ]
