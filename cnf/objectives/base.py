@@ -44,10 +44,12 @@ class Objective(nn.Module, ABC):
     Attributes:
         flow: the flow that is trained. An objective may have parameters of its own beside it.
         lr: the peak learning rate that suits it unless ``fit`` is told another.
+        share: what it takes of the budget, relative to other objectives that ``fit`` runs in turn.
     """
 
     flow: Flow
     lr: float = 5e-3
+    share: float = 1.0
 
     def __init__(self, flow: Flow):
         super().__init__()

@@ -53,6 +53,7 @@ class FlowMatching(Objective):
         dict_keys(['velocity error'])
     """
 
+    share = 0.5  # its steps are cheap, and the first thousands bring most of what they can
     lr = 2e-2  # a regression on noisy targets: the average of the weights, not lr, settles them
 
     def __init__(

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cnf.divergence import event_dims
 from cnf.objectives.base import Batch, Loss, Objective, mean
+from cnf.transforms import Continuous
 from cnf.transforms.base import Request
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ class MaximumLikelihood(Objective):
         end_time_spread: float = 0.0,
     ):
         super().__init__(flow)
+        if any(isinstance(p, Continuous) and event_dims(p.field) == 1 for p in flow.modules()):
+            self.lr = 1e-2  # small smooth fields take larger steps than couplings do
         if tolerance is not None and not tolerance > 0:
             raise ValueError(f"tolerance must be positive or None, got {tolerance}")
         if not 0.0 <= end_time_spread < 1.0:

@@ -69,7 +69,8 @@ def fit(
             dtype and device.
         objective: what to minimise: an objective of this flow, a name, or several that run in
             turn. None means what the flow's paper trains with, or else the likelihood.
-        shares: how several objectives divide the budget; equally by default.
+        shares: how several objectives divide the budget; None takes each objective's own share:
+            flow matching has half as much as what follows it.
         context: the context of the data, ``(rows, context_features)``.
         validation: rows to validate on, in any of the forms of ``data``.
         steps: how many optimiser steps to make.
@@ -117,7 +118,7 @@ def fit(
     if device is not None:
         flow.to(_device(device))
     objectives = _objectives(objective, flow)
-    shares = [1.0] * len(objectives) if shares is None else list(shares)
+    shares = [one.share for _, one in objectives] if shares is None else list(shares)
     if len(shares) != len(objectives):
         raise ValueError(f"shares must have one entry per objective: {len(objectives)}")
     budget.check(steps, seconds, shares)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import cnf
 from cnf.flow import Evaluation
 from cnf.objectives import OBJECTIVES, Batch, MaximumLikelihood, build_objective
 from cnf.registry import UnknownNameError
@@ -100,3 +101,16 @@ def test_objectives_have_names():
     assert "likelihood" in OBJECTIVES
     with pytest.raises(UnknownNameError, match="Did you mean 'likelihood'"):
         build_objective("likelyhood", Recording())
+
+
+def test_objectives_bring_their_learning_rate_and_share():
+    continuous, discrete = cnf.ffjord(2, hidden=(8,)), cnf.realnvp(2)
+    assert MaximumLikelihood(continuous).lr == 1e-2
+    assert MaximumLikelihood(discrete).lr == 5e-3
+    matching = build_objective("flow-matching", continuous)
+    assert (matching.lr, matching.share) == (2e-2, 0.5)
+    x = torch.randn(100, 2)
+    history = cnf.fit(
+        continuous, x, objective=("flow-matching", "likelihood"), steps=9, batch_size=32
+    )
+    assert history.stages == [("flow-matching", 0), ("likelihood", 3)]
