@@ -14,16 +14,32 @@ from cnf.storage import LoadError
 from cnf.training import TrainingError
 from cnf.trial import RecipeError
 
+HELP = (
+    "Normalizing flows: fit a density, score it, sample from it, compare model families.\n\n"
+    "Start with: cnf compare pinwheel"
+)
+
 app = typer.Typer(
     name="cnf",
-    help="Normalizing flows: fit a density, score it, sample from it, compare model families.\n\n"
-    "Start with: cnf compare pinwheel",
+    help=HELP,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback(help=HELP)
+def process(
+    threads: Annotated[
+        int,
+        typer.Option(min=1, help="CPU threads; networks of this size are no faster on several."),
+    ] = 1,
+) -> None:
+    """Set up the process that a command runs in."""
+    torch.set_num_threads(threads)
+
 
 Seconds = Annotated[
     float | None, typer.Option(min=0.001, help="Training time (per model); default 60.")
