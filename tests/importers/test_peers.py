@@ -43,7 +43,7 @@ def agree(ours: cnf.Flow, expected: torch.Tensor, x: torch.Tensor, context=None)
         {"passes": 3, "context": 1, "hidden_features": (12,)},
         {"hidden_features": (3, 3)},
     ],
-    ids=str,
+    ids=lambda options: ", ".join(options) or "plain",
 )
 def test_zuko(name, options):
     zuko = pytest.importorskip("zuko")
@@ -72,7 +72,7 @@ def test_zuko_says_what_it_cannot_take():
         {"use_random_permutations": True, "activation": torch.tanh},
         {"batch_norm_between_layers": True},
     ],
-    ids=str,
+    ids=lambda options: ", ".join(options) or "plain",
 )
 def test_nflows_maf(options):
     flows = pytest.importorskip("nflows.flows")
@@ -82,7 +82,9 @@ def test_nflows_maf(options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"use_volume_preserving": True}, {"batch_norm_between_layers": True}], ids=str
+    "options",
+    [{}, {"use_volume_preserving": True}, {"batch_norm_between_layers": True}],
+    ids=lambda options: ", ".join(options) or "plain",
 )
 def test_nflows_realnvp(options):
     flows = pytest.importorskip("nflows.flows")
