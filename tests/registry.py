@@ -218,9 +218,12 @@ TRANSFORMS = [
     ),
     Member(
         "continuous, residual",
-        lambda solver: Continuous(ResidualField(2, 6, 2, context_features=2), solver=solver),
+        lambda solver: Continuous(
+            ResidualField(2, 6, 1, frequencies=1, context_features=2), solver=solver
+        ),
         event=(2,),
         context=2,
+        spread=0.1,
     ),
     Member(
         "continuous, convolutional",
@@ -244,7 +247,7 @@ def models(features: int, context: int) -> list[Member]:
         "ffjord, film and actnorm": lambda solver: cnf.ffjord(
             features, context_by="film", normalization="actnorm", solver=solver, **small
         ),
-        "rnode": lambda solver: cnf.rnode(features, conditioning="blend", solver=solver, **small),
+        "rnode": lambda solver: cnf.rnode(features, conditioning="squash", solver=solver, **small),
         "otflow": lambda solver: cnf.otflow(
             features, width=6, context_features=context, solver=solver
         ),
