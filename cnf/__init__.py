@@ -13,7 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from cnf import bijections, data, distributions, nets, transforms
+from cnf import bijections, data, distributions, nets, objectives, plots, transforms
+from cnf.bijections import InversionError
 from cnf.compare import Comparison, compare
 from cnf.costs import (
     DiagonalNorm,
@@ -73,11 +74,12 @@ from cnf.ode import (
     SolverWarning,
     StepUnderflow,
     TooManySteps,
+    UntrackedTensor,
     count_nfe,
 )
 from cnf.registry import UnknownNameError
 from cnf.storage import LoadError, load
-from cnf.training import History, TrainingError, fit
+from cnf.training import CheckpointError, History, TrainingError, fit
 from cnf.transforms import Chain, Continuous, Inverse, Mapped, Request, Transform
 
 if TYPE_CHECKING:
@@ -86,18 +88,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Base", "Batch", "Chain", "Comparison", "Continuous", "CoupledBatchError", "DataError",
-    "DataWarning", "DiagonalNorm", "DirectionalDerivative", "Estimate", "Evaluation", "Exact",
-    "Flow", "FlowDensity", "FlowMatching", "HJBResidual", "History", "HutchPlusPlus", "Hutchinson",
-    "Inverse", "JacobianNorm", "KineticEnergy", "LoadError", "Loss", "Mapped", "MaximumLikelihood",
-    "NonFiniteState", "Normal", "Objective", "OffDiagonalNorm", "Request", "ReverseKL",
-    "SecondOrderGradient", "Solver", "SolverError", "SolverWarning", "StepUnderflow",
-    "TaylorDerivative", "TooManySteps", "TrainingError", "Transform", "UnknownNameError",
+    "Base", "Batch", "Chain", "CheckpointError", "Comparison", "Continuous",
+    "CoupledBatchError", "DataError", "DataWarning", "DiagonalNorm", "DirectionalDerivative",
+    "Estimate", "Evaluation", "Exact", "Flow", "FlowDensity", "FlowMatching", "HJBResidual",
+    "History", "HutchPlusPlus", "Hutchinson", "Inverse", "InversionError", "JacobianNorm",
+    "KineticEnergy", "LoadError", "Loss", "Mapped", "MaximumLikelihood", "NonFiniteState",
+    "Normal", "Objective", "OffDiagonalNorm", "Request", "ReverseKL", "SecondOrderGradient",
+    "Solver", "SolverError", "SolverWarning", "StepUnderflow", "TaylorDerivative",
+    "TooManySteps", "TrainingError", "Transform", "UnknownNameError", "UntrackedTensor",
     "VelocityNorm", "bijections", "bits_per_dimension", "bnaf", "bpf", "compare", "count_nfe",
     "data", "distributions", "entropy", "ffjord", "fit", "flowpp", "gaussianization", "glow",
-    "guided", "iaf", "kl", "load", "maf", "mixture", "models", "naf", "ncsf", "nets", "nice", "nsf",
-    "otflow", "planar", "radial", "realnvp", "residual_flow", "rnode", "sospf", "sylvester",
-    "transforms", "unaf",
+    "guided", "iaf", "kl", "load", "maf", "mixture", "models", "naf", "ncsf", "nets", "nice",
+    "nsf", "objectives", "otflow", "planar", "plots", "radial", "realnvp", "residual_flow",
+    "rnode", "sospf", "sylvester", "transforms", "unaf",
 ]  # fmt: skip
 
 

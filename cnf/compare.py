@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from cnf import plots
 from cnf.data import Table, Target
 from cnf.flow import Flow
-from cnf.ode import SolverError
 from cnf.runs import COMPARISON, RUN, claim, resolve, write_json, write_run
-from cnf.training import History, TrainingError
+from cnf.training import NUMERICAL, History, TrainingError
 from cnf.trial import (
     Row,
     Split,
@@ -272,7 +271,7 @@ def _run(
             raise KeyboardInterrupt
         row = measure(name, flow, history, data)
         shown = model_panel(name, flow, data, seed=seed, note=row.note)
-    except (SolverError, TrainingError, FloatingPointError) as error:
+    except (*NUMERICAL, TrainingError, FloatingPointError) as error:
         row = Row(name, error=str(error))
         comparison.rows.append(row)
         return row

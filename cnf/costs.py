@@ -205,8 +205,8 @@ class DirectionalDerivative(Cost):
 
     @property
     def name(self) -> str:
-        """``directional_derivative``."""
-        return "directional_derivative"
+        """``directional_derivative``, or ``steady_derivative``."""
+        return "steady_derivative" if self.steady else "directional_derivative"
 
     def __call__(self, point: PathPoint) -> Tensor:
         """Squared length of the velocity's derivative along itself."""

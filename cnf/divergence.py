@@ -156,7 +156,8 @@ class Exact(Divergence):
         for part in basis.split(self.chunk or basis.shape[0]):
             velocity, image = push(field, t, x, context, part)
             terms.append(inner(part, image, event_dims(field)))
-            images.append(image)
+            if products:
+                images.append(image)
         divergence = torch.cat(terms).sum(0)
         if not products:
             return Linearization(velocity, divergence)

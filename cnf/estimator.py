@@ -72,7 +72,7 @@ class FlowDensity(DensityMixin, BaseEstimator):
         steps: int | None = None,
         seconds: float | None = None,
         batch_size: int = 512,
-        lr: float = 2e-3,
+        lr: float | None = None,
         patience: int | None = None,
         dtype: str = "float32",
         seed: int = 0,

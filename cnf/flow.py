@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cnf.distributions import Base, as_shape
 from cnf.registry import Recipe
 from cnf.storage import save
-from cnf.transforms.base import Mapped, Request, Transform, compose
+from cnf.transforms.base import Mapped, Request, Transform, compose, value_only
 from cnf.transforms.normalization import Standardize
 from cnf.transforms.support import SupportedStandardize
 
@@ -276,7 +276,8 @@ class Flow(nn.Module):
         self.initialized.fill_(True)
         x, seen = self.scaling.inverse(x).value, self._seen(context)
         self.transform.initialize(x, seen, request)
-        self.base.initialize(self.transform.inverse(x, seen, request).value, seen, request)
+        z = self.transform.inverse(x, seen, value_only(request)).value
+        self.base.initialize(z, seen, request)
         return self
 
     # ---- the two directions ----------------------------------------------------------------
@@ -383,7 +384,7 @@ class Flow(nn.Module):
 
     def _tensor(self, name: str, value: Any) -> Tensor:
         if not isinstance(value, Tensor):
-            return torch.as_tensor(np.asarray(value), device=self.device).to(self.dtype)
+            return torch.as_tensor(np.array(value), device=self.device).to(self.dtype)
         if value.device != self.device:
             raise ValueError(
                 f"{name} is on {value.device} and the flow on {self.device}; move one with .to()"
@@ -397,13 +398,18 @@ class Flow(nn.Module):
 
     # ---- files and compilers ---------------------------------------------------------------
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, *, recipe: bool = True) -> None:
         """Write ``flow.json`` and ``flow.safetensors`` into a directory, for ``cnf.load``.
+
+        Args:
+            directory: is made if need be.
+            recipe: False writes the numbers alone, for ``cnf.load(dir, into=flow)``: the way for a
+                flow that was put together by hand.
 
         Raises:
             TypeError: if the flow cannot be built again from data; the message says the way out.
         """
-        save(self, directory)
+        save(self, directory, recipe=recipe)
 
     def compile(  # type: ignore[override]
         self, *, backend: str = "inductor", mode: str | None = None, dynamic: bool | None = None

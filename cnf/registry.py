@@ -165,8 +165,8 @@ def encode(value: Any, where: str = "value") -> Any:
         }
         return {"record": name, "fields": fields}
     raise TypeError(
-        f"{where} is a {name}, which cannot be written as data. Save the flow's state yourself, or "
-        "build it again in code and read the numbers with cnf.load(dir, into=flow)"
+        f"{where} is a {name}, which cannot be written as data. Write the numbers alone and "
+        "build it again in code: flow.save(dir, recipe=False) and cnf.load(dir, into=flow)"
     )
 
 

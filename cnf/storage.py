@@ -22,33 +22,44 @@ class LoadError(ValueError):
     """A directory does not hold a flow that this version can build; the message says why."""
 
 
-def save(flow: Any, directory: str | Path) -> None:
+def save(flow: Any, directory: str | Path, *, recipe: bool = True) -> None:
     """Write a flow into a directory: ``flow.json`` and ``flow.safetensors``.
+
+    Args:
+        flow: the flow.
+        directory: is made if need be.
+        recipe: False writes the numbers alone, for ``load(dir, into=flow)``: the way for a flow
+            that was put together by hand.
 
     Raises:
         TypeError: if the flow cannot be built again from data; the message says the way out.
     """
-    recipe: Recipe | None = getattr(flow, "recipe", None)
-    if recipe is None:
+    directory = Path(directory)
+    if not recipe:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / CONFIG).unlink(missing_ok=True)
+        write_state(flow, directory / WEIGHTS)
+        return
+    known: Recipe | None = getattr(flow, "recipe", None)
+    if known is None:
         raise TypeError(
             "this flow was put together by hand, so there is no recipe to save. Build it with a "
-            "registered model function, or keep its state_dict and read it with "
-            "cnf.load(dir, into=flow)"
+            "registered model function, or write its numbers with flow.save(dir, recipe=False) "
+            "and read them with cnf.load(dir, into=flow)"
         )
-    arguments = {name: encode(value, name) for name, value in recipe.arguments.items()}
-    rebuilt = _build(recipe.builder, arguments).to(device=flow.device, dtype=flow.dtype)
+    arguments = {name: encode(value, name) for name, value in known.arguments.items()}
+    rebuilt = _build(known.builder, arguments).to(device=flow.device, dtype=flow.dtype)
     if repr(rebuilt) != repr(flow):
         raise TypeError(
-            f"this flow is no longer what cnf.{recipe.builder} built: a part was exchanged after. "
+            f"this flow is no longer what cnf.{known.builder} built: a part was exchanged after. "
             "Register a model function that builds it as it is now, or undo the change"
         )
     config = {
         "format": FORMAT,
-        "builder": recipe.builder,
+        "builder": known.builder,
         "arguments": arguments,
         "dtype": str(flow.dtype).removeprefix("torch."),
     }
-    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_state(flow, directory / WEIGHTS)
     with write_whole(directory / CONFIG) as path:
@@ -78,8 +89,13 @@ def load(
         raise LoadError(f"{directory} holds no {WEIGHTS}: it is not a folder that save() wrote")
     if into is None:
         config = _read_config(directory / CONFIG)
-        dtype = getattr(torch, config["dtype"])
-        flow = _build(config["builder"], config["arguments"]).to(device=device, dtype=dtype)
+        try:
+            dtype = getattr(torch, config["dtype"])
+            flow = _build(config["builder"], config["arguments"]).to(device=device, dtype=dtype)
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise LoadError(
+                f"{directory / CONFIG} cannot be built by this version: {error}"
+            ) from error
     else:
         flow = into if device is None else into.to(device)
     try:

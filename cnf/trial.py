@@ -20,10 +20,10 @@ from cnf.data import Table, Target, table, targets, toy
 from cnf.flow import Flow
 from cnf.models import models
 from cnf.objectives import OBJECTIVES
-from cnf.ode import SolverError, count_nfe
+from cnf.ode import count_nfe
 from cnf.registry import unknown_name
 from cnf.runs import Run, Source
-from cnf.training import History, fit
+from cnf.training import NUMERICAL, History, fit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,10 +36,13 @@ DRAWN = 5_000
 
 SUFFIXES: dict[str, tuple[str, ...]] = {
     "ml": ("likelihood",),
-    "fm": ("flow-matching",),
-    "fm-ml": ("flow-matching", "likelihood"),
+    "fm-only": ("flow-matching",),
+    "fm": ("flow-matching", "likelihood"),
 }
 """What may follow the ``+`` of a model's name: the objectives it is trained with, in turn."""
+
+PATH_COSTS = ("rnode", "otflow")
+"""Objectives that integrate costs along a continuous flow's path."""
 
 
 class RecipeError(ValueError):
@@ -110,6 +113,10 @@ def split(
     others again. A table is parted at random: a tenth each for validation and for the test;
     without a ``test`` the validation rows stand in for it.
     """
+    if not isinstance(data, (Target, Table)):
+        raise TypeError(
+            f"expected a target or a table, got {type(data).__name__}; an array is for cnf.fit"
+        )
     if isinstance(data, Target):
         others = data.sample(test_size, stream(seed, "test"))
         return Split(
@@ -157,6 +164,10 @@ def recipe(
             raise unknown_name("objective", objective, OBJECTIVES)
         if objective == "flow-matching" and entry.family != "continuous":
             raise RecipeError(f"flow matching trains continuous flows; {model} has no velocity")
+        if objective in PATH_COSTS and entry.family != "continuous":
+            raise RecipeError(f"{objective} weighs a path, and {model} has no velocity")
+        if objective == "otflow" and entry.objective != "otflow":
+            raise RecipeError(f"otflow needs a potential, which {model} does not have")
     return entry.name, chosen
 
 
@@ -234,7 +245,7 @@ def _rehearse(flow: Flow, data: Split) -> None:
     x = x.to(flow.device, flow.dtype)
     context = None if context is None else context.to(flow.device, flow.dtype)
     # a flow that cannot be solved yet is for fit to report
-    with contextlib.suppress(SolverError):
+    with contextlib.suppress(*NUMERICAL):
         copied.log_prob(x, context).sum().backward()
 
 
@@ -328,6 +339,7 @@ def measure(name: str, flow: Flow, history: History, data: Split) -> Row:
     bad = int((~log_prob.isfinite()).sum())
     if bad:
         raise FloatingPointError(f"{bad} of {len(x)} test points have no finite log-density")
+    worst = float((few - back).abs().max())
     row = Row(
         name,
         test_nll=-float(log_prob.mean()),
@@ -337,7 +349,7 @@ def measure(name: str, flow: Flow, history: History, data: Split) -> Row:
         nfe=sum(evaluations) / len(evaluations) if any(evaluations) else None,
         log_prob_per_second=len(x) / scored,
         samples_per_second=count / drawn,
-        inverse_error=float((few - back).abs().max()),
+        inverse_error=worst if math.isfinite(worst) else None,
         parameters=sum(p.numel() for p in flow.parameters() if p.requires_grad),
     )
     if data.truth is None:

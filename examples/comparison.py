@@ -28,7 +28,7 @@ def main() -> None:
         report=print,
     )
     print(comparison)
-    best = min(comparison.rows, key=lambda row: row.gap)
+    best = min((row for row in comparison.rows if row.gap is not None), key=lambda row: row.gap)
     print(f"closest to the truth: {best.model}; see {options.out / 'compare.png'}")
 
 

@@ -108,7 +108,7 @@ def test_a_recipe_names_a_model_and_how_to_train_it() -> None:
     assert recipe("nsf+ml") == ("nsf", ("likelihood",))
     with pytest.raises(UnknownNameError, match="no model is called 'nfs'"):
         recipe("nfs")
-    assert recipe("ffjord+fm-ml") == ("ffjord", ("flow-matching", "likelihood"))
+    assert recipe("ffjord+fm") == ("ffjord", ("flow-matching", "likelihood"))
     with pytest.raises(RecipeError, match="maf has no velocity"):
         recipe("maf", ["flow-matching"])
     with pytest.raises(UnknownNameError, match="no training suffix is called 'xy'"):

@@ -99,7 +99,7 @@ def test_importing_needs_the_core_only_and_changes_nothing():
 import sys, torch
 class Wall:
     def find_spec(self, name, path=None, target=None):
-        extras = {"matplotlib", "typer", "tqdm", "sklearn", "pyarrow", "accelerate"}
+        extras = {"matplotlib", "typer", "tqdm", "sklearn", "pyarrow"}
         if name.split(".")[0] in extras:
             raise ImportError(name)
 sys.meta_path.insert(0, Wall())

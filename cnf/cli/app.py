@@ -7,6 +7,7 @@ from typing import Annotated
 import torch
 import typer
 
+from cnf.bijections import InversionError
 from cnf.data import DataError
 from cnf.ode import SolverError
 from cnf.registry import UnknownNameError
@@ -111,6 +112,8 @@ EXPECTED = (
     TrainingError,
     RecipeError,
     FloatingPointError,
+    InversionError,
+    torch.linalg.LinAlgError,
     OSError,
     ImportError,
 )

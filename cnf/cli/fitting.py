@@ -42,7 +42,11 @@ def compare_command(
         str, typer.Argument(help="A 2-D density (see: cnf targets), or a file with a table.")
     ],
     models: Annotated[
-        str, typer.Option(metavar="A,B,…", help="Models to compare (see: cnf models).")
+        str,
+        typer.Option(
+            metavar="A,B,…",
+            help="Models (see: cnf models); +fm, +fm-only or +ml after one says how to train it.",
+        ),
     ] = ",".join(MODELS),
     seconds: Seconds = None,
     steps: Steps = None,
@@ -107,7 +111,9 @@ def fit_command(
         str, typer.Argument(help="A file with a table, or a 2-D density (see: cnf targets).")
     ],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
-    model: Annotated[str, typer.Option(help="The model (see: cnf models).")] = "ffjord",
+    model: Annotated[
+        str, typer.Option(help="The model (see: cnf models), or e.g. ffjord+fm.")
+    ] = "ffjord",
     columns: Columns = "",
     context_columns: ContextColumns = "",
     drop_missing: DropMissing = False,

@@ -56,6 +56,11 @@ def score_command(
     flow, source = fitted.flow, fitted.source
     context = None
     if data in targets():
+        if source.context_columns:
+            raise DataError(
+                f"{run} is conditional: score a table with the columns "
+                f"{', '.join(source.context_columns)}"
+            )
         x = toy(data).sample(count, torch.Generator().manual_seed(seed))
     else:
         rows = table(

@@ -69,7 +69,7 @@ def as_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
 def conditioned(
     own: Sequence[Tensor], conditioner: nn.Module | None, context: Tensor | None
 ) -> list[Tensor]:
-    """A base's raw parameters, moved by what the conditioner makes of the context.
+    """A module's raw parameters, moved by what the conditioner makes of the context.
 
     Returns:
         Tensors of the parameters' shapes, with the context's batch axes before them where there is
@@ -78,12 +78,12 @@ def conditioned(
     if conditioner is None:
         return list(own)
     if context is None:
-        raise ValueError("this base's parameters depend on a context: pass context=")
+        raise ValueError("these parameters depend on a context: pass context=")
     shifts = conditioner(context)
     sizes = [parameter.numel() for parameter in own]
     if shifts.shape[-1] != sum(sizes):
         raise ValueError(
-            f"the conditioner of this base must return {sum(sizes)} numbers per sample, it "
+            f"the conditioner must return {sum(sizes)} numbers per sample, it "
             f"returned {shifts.shape[-1]}"
         )
     parts = zip(own, shifts.split(sizes, -1), strict=True)

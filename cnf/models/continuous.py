@@ -299,6 +299,11 @@ def _vector_field(
     if kind not in ("mlp", "residual"):
         raise unknown_name("field", kind, {"mlp": TimeMLP, "residual": ResidualField})
     if kind == "residual":
+        if (conditioning, context_by) != ("concatsquash", "concat"):
+            raise ValueError(
+                "a residual field takes time and context in its own way: leave conditioning= and "
+                "context_by= away"
+            )
         if len(set(hidden)) != 1:
             raise ValueError(f"the blocks of a residual field have one width, got hidden={hidden}")
         return ResidualField(

@@ -66,8 +66,8 @@ class Solver:
         adjoint_options: the same for ``adjoint_method``; empty means ``options`` where it applies.
         seminorm: leave the parameters' gradients out of the backward pass's error norm (Kidger
             et al., "Hey, that's not an ODE", ICML 2021).
-        norm: ``"batch"`` bounds the root mean square error over the batch; ``"sample"`` bounds
-            that of every sample.
+        norm: ``"sample"`` bounds the error of every sample; ``"batch"`` bounds the root mean
+            square error over the batch, for fewer steps.
         step_size: the step of fixed-grid methods; None means a fortieth of the time span. Steps
             are evenly spaced between two requested times, and always end on them.
         max_steps: accepted and rejected steps in one pass before ``TooManySteps``;
@@ -95,7 +95,7 @@ class Solver:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     adjoint_options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     seminorm: bool = True
-    norm: str = "batch"
+    norm: str = "sample"
     step_size: float | None = None
     max_steps: int = 2000
     min_step: float | None = None
@@ -167,11 +167,16 @@ class Solver:
         return {key: value for key, value in self.options.items() if key in known}
 
     def at(self, tolerance: float | None) -> Solver:
-        """The same solver with this rtol and atol, forward and backward; None changes nothing."""
+        """The solver with this rtol and atol on average over the batch; None changes nothing."""
         if tolerance is None:
             return self
         return dataclasses.replace(
-            self, rtol=tolerance, atol=tolerance, adjoint_rtol=None, adjoint_atol=None
+            self,
+            rtol=tolerance,
+            atol=tolerance,
+            adjoint_rtol=None,
+            adjoint_atol=None,
+            norm="batch",
         )
 
     def on_fallback(self, span: float) -> Solver:

@@ -1,6 +1,8 @@
 """The training loop: ``fit`` and what it returns."""
 
+from cnf.training.checkpoint import CheckpointError
 from cnf.training.history import History
 from cnf.training.loop import TrainingError, fit
+from cnf.training.update import NUMERICAL
 
-__all__ = ["History", "TrainingError", "fit"]
+__all__ = ["NUMERICAL", "CheckpointError", "History", "TrainingError", "fit"]

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from cnf.objectives import Batch
@@ -185,12 +185,22 @@ def is_target(data: Any) -> bool:
 
 def as_rows(data: Any, context: Any, shape: Shape, generator: torch.Generator, count: int) -> Rows:
     """Data of any kind as rows; ``count`` of them are drawn if it is a target."""
+    if isinstance(data, (torch.distributions.Distribution, nn.Module)):
+        raise TypeError(
+            f"draw the data yourself: a {type(data).__name__} takes no seeded generator, so "
+            "pass data.sample((rows,))"
+        )
+    if isinstance(data, Batch) and data.weight is not None:
+        raise ValueError(
+            "fit takes every row alike; weighted rows are for calling an objective on a Batch"
+        )
     if is_target(data):
         x = data.sample(count, generator=generator)
     elif isinstance(data, TensorDataset):
         x, *rest = data.tensors
         context = _context(context, rest[0] if rest and shape.context_features else None)
     elif isinstance(data, Dataset):
+        _context(context, data if context is not None else None)
         return _dataset_rows(data, shape)
     elif hasattr(data, "x") and hasattr(data, "context") and not hasattr(data, "to_numpy"):
         x, context = data.x, _context(context, data.context)  # a Table or a Batch

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from cnf.bijections import InversionError
 from cnf.objectives import Batch, Objective
 from cnf.ode import SolverError
 from cnf.training.averaging import Average
@@ -17,7 +18,7 @@ IN_A_ROW = 20  # failed steps in a row that end a run
 WINDOW, IN_WINDOW = 100, 30  # or that many among the last so many
 
 #: What a batch may raise without being anybody's mistake.
-NUMERICAL = (SolverError, torch.linalg.LinAlgError)
+NUMERICAL = (SolverError, InversionError, torch.linalg.LinAlgError)
 
 
 class Updater:

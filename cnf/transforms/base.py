@@ -36,7 +36,8 @@ class Request:
 
     Attributes:
         divergence: the trace estimator to use; None means the transform's own.
-        tolerance: rtol and atol of every solve, forward and backward, in place of the solver's own.
+        tolerance: rtol and atol of every solve, forward and backward, in place of the solver's own,
+            on average over the batch.
             Training is usually content with less accuracy than a density that is reported.
         costs: the path costs to integrate along.
         costs_in_norm: whether they enter the error norm that chooses the steps. By default they are

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, one_hot, softplus
 
 from cnf.bijections import invert
+from cnf.distributions.base import conditioned
 from cnf.transforms.base import Mapped, Request, Transform
 from cnf.transforms.linear import householder
 
@@ -96,7 +96,7 @@ class Planar(Transform):
 
     def _terms(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """û, w, b and 1 + wᵀû, the least slope along w."""
-        u, w, b = _conditioned([self.u, self.w, self.b], self.conditioner, context)
+        u, w, b = conditioned([self.u, self.w, self.b], self.conditioner, context)
         dot = (w * u).sum(-1)
         if not self.constrain:
             return u, w, b, 1 + dot
@@ -174,7 +174,7 @@ class Radial(Transform):
 
     def _terms(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         own = [self.centre, self.alpha, self.gamma]
-        centre, alpha, gamma = _conditioned(own, self.conditioner, context)
+        centre, alpha, gamma = conditioned(own, self.conditioner, context)
         return centre, softplus(alpha), softplus(gamma)
 
     def _log_det(self, r: Tensor, alpha: Tensor, gamma: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ class Sylvester(Transform):
     def _terms(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Q, R, R̃, b and 1 + r r̃."""
         own = [self.vectors, self.outer, self.inner, self.b]
-        vectors, outer, inner, b = _conditioned(own, self.conditioner, context)
+        vectors, outer, inner, b = conditioned(own, self.conditioner, context)
         R, inner = _bounded_triangle(outer), _bounded_triangle(inner)
         room = 1 + R.diagonal(dim1=-2, dim2=-1) * inner.diagonal(dim1=-2, dim2=-1)
         return householder(vectors)[..., : self.hidden], R, inner, b, room
@@ -309,25 +309,6 @@ def _bounded_triangle(raw: Tensor) -> Tensor:
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
     """Matrix times vector, each with any batch axes."""
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
-
-
-def _conditioned(
-    own: Sequence[Tensor], conditioner: nn.Module | None, context: Tensor | None
-) -> list[Tensor]:
-    """The transform's own parameters, moved by what the conditioner makes of the context."""
-    if conditioner is None:
-        return list(own)
-    if context is None:
-        raise ValueError("this transform's parameters depend on a context: pass context=")
-    shifts = conditioner(context)
-    sizes = [parameter.numel() for parameter in own]
-    if shifts.shape[-1] != sum(sizes):
-        raise ValueError(
-            f"the conditioner must return {sum(sizes)} numbers per sample, "
-            f"it returned {shifts.shape[-1]}"
-        )
-    parts = zip(own, shifts.split(sizes, -1), strict=True)
-    return [p + shift.reshape((*shift.shape[:-1], *p.shape)) for p, shift in parts]
 
 
 def _check(value: Tensor, features: int) -> None:
