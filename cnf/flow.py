@@ -259,7 +259,6 @@ class Flow(nn.Module):
         A flow that was built with ``standardize=False`` scales the context alone.
         """
         x, context = self._broadcast(x, context)
-        self.initialized.fill_(True)
         if self.scales_data:
             self.scaling.fit(x)
         if self.context_scaling is not None and context is not None:

@@ -156,8 +156,8 @@ def fit(
     }
     folder = None if out is None else Path(out)
     saved = checkpoint.read(folder) if resume and folder is not None else None
-    if saved is None and (initialize or (initialize is None and _untouched(flow))):
-        _initialize(flow, rows, order.size, noise)
+    if saved is None and (initialize or (initialize is None and not bool(flow.initialized))):
+        _initialize(flow, rows, order.size, noise, standardize=bool(initialize) or _unscaled(flow))
     modes = {module: module.training for module in flow.modules()}
     bar = Bar(progress)
     validator = Validator(held)
@@ -202,16 +202,17 @@ def _device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
-def _untouched(flow: Flow) -> bool:
-    """Whether the flow has taken nothing from data yet."""
-    scaling = flow.scaling
-    identity = bool((scaling.loc == 0).all() and (scaling.scale == 1).all())
-    return identity and not bool(flow.initialized)
+def _unscaled(flow: Flow) -> bool:
+    """Whether the flow's standardisation is still the identity."""
+    return bool((flow.scaling.loc == 0).all() and (flow.scaling.scale == 1).all())
 
 
-def _initialize(flow: Flow, rows: Rows, batch_size: int, noise: torch.Generator) -> None:
+def _initialize(
+    flow: Flow, rows: Rows, batch_size: int, noise: torch.Generator, *, standardize: bool
+) -> None:
     """Fill what the flow takes from data, with the training rows."""
     many = rows.batch(torch.arange(min(len(rows), STANDARDIZE_ROWS)))
-    flow.standardize(many.x, many.context)
+    if standardize:
+        flow.standardize(many.x, many.context)
     few: list[Tensor | None] = [None if t is None else t[:batch_size] for t in many[:2]]
     flow.initialize(few[0], few[1], Request(generator=noise))
