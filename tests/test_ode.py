@@ -226,17 +226,6 @@ def test_the_norm_per_sample_bounds_the_one_hard_sample():
         assert work["sample"] > work["batch"]
 
 
-def test_the_norm_per_sample_knows_estimates_ahead_of_the_batch():
-    # four estimates of one number per sample stand as (4, 5) beside x of (5, 2)
-    state = (torch.ones(5, 2), torch.zeros(4, 5))
-    rhs = lambda t, state: (-state[0], torch.cos(20 * t) + 0 * state[1])  # noqa: E731
-    solver = Solver(norm="sample")
-    times = torch.tensor([0.0, 1.0])
-    (x, estimates), _ = integrate(rhs, state, times, solver, batch=(5,))
-    assert torch.allclose(x[-1], torch.tensor(math.exp(-1)), atol=1e-4)
-    assert torch.allclose(estimates[-1], torch.tensor(math.sin(20.0) / 20), atol=1e-4)
-
-
 def test_a_part_can_be_kept_out_of_the_norm():
     def rhs(t, state):
         return -state[0], torch.cos(50 * t).expand_as(state[1])

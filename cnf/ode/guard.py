@@ -224,40 +224,22 @@ class Velocity:
             pending.extend(edge[0].next_functions)
 
 
-def error_norm(
-    shapes: Sequence[torch.Size], kind: str, in_norm: Sequence[bool], batch: torch.Size
-) -> Norm:
+def error_norm(shapes: Sequence[torch.Size], kind: str, in_norm: Sequence[bool]) -> Norm:
     """The norm of a flat error: the largest over the parts of the state that count.
 
-    Each part enters with the root mean square of its entries, over the batch or over each sample.
-    NaN and infinity count as a very large error, so that the step shrinks and is tried again:
+    Each part enters with the root mean square of its entries, or per sample with the largest of
+    them. NaN and infinity count as a very large error, so that the step shrinks and is tried again:
     a comparison with NaN would let them pass.
     """
     sizes = [shape.numel() for shape in shapes]
     counted = [i for i, counts in enumerate(in_norm) if counts and sizes[i]]
-    views: dict[int, tuple[torch.Size, tuple[int, ...]]] = {}
-    scales = {i: 1 / math.sqrt(sizes[i]) for i in counted}
-    if kind == "sample":
-        for i in counted:
-            shape, rank = shapes[i], len(batch)
-            # several estimates of one number per sample stand ahead of the batch
-            ahead = 0 if shape[:rank] == batch else len(shape) - rank
-            rest = tuple(a for a in range(len(shape)) if not ahead <= a < ahead + rank)
-            views[i] = (shape, rest)
-            scales[i] = 1 / math.sqrt(math.prod(shape[axis] for axis in rest))
+    order = math.inf if kind == "sample" else 2.0
+    scales = [1.0 if kind == "sample" else 1 / math.sqrt(max(size, 1)) for size in sizes]
 
     def norm(flat: Tensor) -> Tensor:
         # detached: the choice of a step is not differentiated
         pieces = flat.detach().split(sizes)
-        norms = []
-        for i in counted:
-            if i not in views:
-                norms.append(scales[i] * torch.linalg.vector_norm(pieces[i]))
-                continue
-            shape, rest = views[i]
-            piece = pieces[i].view(shape)
-            sums = torch.linalg.vector_norm(piece, dim=rest) if rest else piece.abs()
-            norms.append(scales[i] * sums.amax())
+        norms = [scales[i] * torch.linalg.vector_norm(pieces[i], order) for i in counted]
         largest = norms[0] if len(norms) == 1 else torch.stack(norms).amax()
         return largest.nan_to_num(nan=_HUGE, posinf=_HUGE)
 

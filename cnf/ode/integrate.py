@@ -34,7 +34,6 @@ def integrate(
     parameters: Sequence[Tensor] = (),
     *,
     in_norm: Sequence[bool] | None = None,
-    batch: Sequence[int] | None = None,
     name: str = "",
 ) -> tuple[State, Stats]:
     """Solve dy/dt = rhs(t, y), y(times[0]) = state.
@@ -50,8 +49,6 @@ def integrate(
             ``gradient="adjoint"`` and ``"checkpoint"``: the field's parameters, the context, the
             clock; leaves or not. What is left out and used is refused in the backward pass.
         in_norm: which parts of the state steer the step size; None means all of them.
-        batch: the batch shape that the parts have in common, which ``norm="sample"`` goes by;
-            None means the shape of the part with the fewest axes.
         name: what recorders and errors call this solve.
 
     Returns:
@@ -81,8 +78,7 @@ def integrate(
             f"in_norm must have one entry for each of the {len(state)} parts of the state, at "
             f"least one of them true; got {in_norm}"
         )
-    batch = min(shapes, key=len) if batch is None else torch.Size(batch)
-    norm = error_norm(shapes, solver.norm, counted, batch)
+    norm = error_norm(shapes, solver.norm, counted)
     problem = Problem(rhs, shapes, points, times, state[0], solver, tracked, norm, name)
     if points[0] == points[-1] or not any(shape.numel() for shape in shapes):
         return _at_rest(state, len(points), tracked), problem.watch.finish()

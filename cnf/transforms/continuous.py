@@ -99,7 +99,6 @@ class Continuous(Transform):
             start,
             self.solver,
             parameters,
-            batch=z.shape[: z.dim() - event_dims(self.field)],
             name=self.name,
         )
         return (start, values) if bool(times[0] == 0) else (start[1:], values[1:])
@@ -161,7 +160,6 @@ class Continuous(Transform):
             self.solver.at(request.tolerance),
             self._differentiated(context, clock),
             in_norm=[True] * (1 + traced) + [request.costs_in_norm] * len(request.costs),
-            batch=batch,
             name=self.name,
         )
         end, *integrals = [values[-1] for values in solution]
