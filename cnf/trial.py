@@ -23,7 +23,7 @@ from cnf.objectives import OBJECTIVES
 from cnf.ode import count_nfe
 from cnf.registry import unknown_name
 from cnf.runs import Run, Source
-from cnf.training import NUMERICAL, History, fit
+from cnf.training import NUMERICAL, History, as_device, fit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -210,9 +210,9 @@ def train(
             data.train.shape[-1],
             context_features=0 if context is None else context.shape[-1],
         )
-    flow.to(_device(device), dtype)
+    flow.to(as_device(device), dtype)
     _rehearse(flow, data)
-    chosen: dict[str, Any] = {"batch_size": batch_size, "lr": lr}
+    chosen: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
     history = fit(
         flow,
         data.train,
@@ -223,15 +223,10 @@ def train(
         seconds=60.0 if seconds is None and steps is None else seconds,
         seed=seed,
         progress=progress,
-        **{argument: value for argument, value in chosen.items() if value is not None},
+        lr=lr,
+        **chosen,
     )
     return flow, history
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
 
 
 def _rehearse(flow: Flow, data: Split) -> None:

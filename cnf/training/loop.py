@@ -116,7 +116,7 @@ def fit(
     if resume and out is None:
         raise ValueError("resume=True needs the folder of the earlier fit: pass out=…")
     if device is not None:
-        flow.to(_device(device))
+        flow.to(as_device(device))
     objectives = _objectives(objective, flow)
     shares = [one.share for _, one in objectives] if shares is None else list(shares)
     if len(shares) != len(objectives):
@@ -196,7 +196,8 @@ def _objectives(
     return named
 
 
-def _device(device: str | torch.device) -> torch.device:
+def as_device(device: str | torch.device) -> torch.device:
+    """The device of that name; ``"auto"`` is the GPU where there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
