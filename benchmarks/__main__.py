@@ -1,34 +1,39 @@
-"""Commands: ``python -m benchmarks accuracy RUNS`` and ``python -m benchmarks table``."""
+"""Measurements: ``python -m benchmarks COMMAND --help``."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
+import importlib
+import sys
 
-from benchmarks import accuracy, table
+from benchmarks import harness
+
+COMMANDS = {
+    "continuous": "training steps, densities and samples of continuous flows, beside peers",
+    "quality": "seconds of training until a density is good",
+    "discrete": "training steps, densities and samples of discrete flows, beside peers",
+    "tabular": "held-out nats on tables",
+    "memory": "memory of a training step, and of a million rows",
+    "scaling": "cost by batch and by dimension",
+    "gpu": "continuous flows on a CUDA device",
+    "accuracy": "numerical accuracy of trained flows",
+    "table": "fit, score and sample a CSV of 5,000 x 6",
+}
+"""Each is a module of this package with ``add_arguments(parser)`` and ``run(options)``."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("accuracy", help="numerical accuracy of trained flows")
-    command.add_argument("runs", type=Path, help="what `cnf compare TARGET --out RUNS` wrote")
-    command.add_argument("--points", type=int, default=5000)
-    command = commands.add_parser("table", help="fit, score and sample a CSV of 5,000 x 6")
-    command.add_argument("--seconds", type=float, default=60)
-    command.add_argument("--model", default="nsf")
-    for command in commands.choices.values():
-        command.add_argument("--out", type=Path, help="a JSON file for the figures")
-    chosen = parser.parse_args()
-    if chosen.command == "accuracy":
-        found = accuracy.run(chosen.runs, chosen.points)
-    else:
-        found = table.run(chosen.seconds, chosen.model)
-    print(json.dumps(found, indent=2))
-    if chosen.out is not None:
-        chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        chosen.out.write_text(json.dumps(found, indent=2) + "\n")
+    asked = next((word for word in sys.argv[1:] if word in COMMANDS), None)
+    for name, said in COMMANDS.items():
+        command = commands.add_parser(name, help=said)
+        command.add_argument("--threads", type=int, default=1, help="threads and cores for all")
+        if name == asked:  # the others' peers need not be there
+            importlib.import_module(f"benchmarks.{name}").add_arguments(command)
+    options = parser.parse_args()
+    harness.pin(options.threads)
+    importlib.import_module(f"benchmarks.{options.command}").run(options)
 
 
 main()

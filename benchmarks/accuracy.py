@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -11,9 +12,20 @@ import torch
 from torch import Tensor
 
 import cnf
+from benchmarks import harness
 
 
-def run(runs: Path, points: int) -> dict[str, Any]:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, help="what `cnf compare TARGET --out RUNS` wrote")
+    parser.add_argument("--points", type=int, default=5000)
+    harness.add_out(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    harness.report(examine(options.runs, options.points), options.out)
+
+
+def examine(runs: Path, points: int) -> dict[str, Any]:
     """Check every flow that a comparison saved, on fresh points of its target."""
     results = json.loads((runs / "results.json").read_text())
     generator = torch.Generator().manual_seed(2026)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import subprocess
@@ -13,9 +14,20 @@ from typing import Any
 import numpy as np
 
 import cnf
+from benchmarks import harness
 from cnf.data.table import write_table
 
 NAMES = ("temperature", "pressure", "humidity", "wind", "load", "price")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--model", default="nsf")
+    harness.add_out(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    harness.report(through(options.seconds, options.model), options.out)
 
 
 def correlated(rows: int, seed: int) -> np.ndarray:
@@ -28,7 +40,7 @@ def correlated(rows: int, seed: int) -> np.ndarray:
     return latent * [8, 120, 15, 3, 900, 40] + [12, 1013, 60, 0, 4000, 0]
 
 
-def run(seconds: float, model: str) -> dict[str, Any]:
+def through(seconds: float, model: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = correlated(10_000, seed=0)

@@ -1,0 +1,235 @@
+"""Fair timing: everyone in turn, round by round, so that the machine's drift hits all alike."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import importlib.util
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PEERS = ("torchdiffeq", "zuko", "nflows", "normflows", "jax", "diffrax", "flowjax")
+TURN = 0.005
+"""Seconds that a turn lasts at least: calls shorter than this are repeated in it."""
+
+Entrant = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one entrant's calls took.
+
+    Attributes:
+        name: the entrant.
+        ms: median time of a call, in milliseconds.
+        speedup: how many times faster than the reference: the median over rounds of the quotient
+            within a round, which drift between rounds does not touch.
+        low: the quotients' lower quartile.
+        high: their upper quartile.
+        rounds: how many rounds there were.
+    """
+
+    name: str
+    ms: float
+    speedup: float
+    low: float
+    high: float
+    rounds: int
+
+    def cells(self) -> dict[str, Any]:
+        """The row as a table shows it."""
+        return {
+            "": self.name,
+            "ms": self.ms,
+            "speedup": self.speedup,
+            "quartiles": f"{number(self.low)} to {number(self.high)}",
+        }
+
+
+def race(
+    entrants: Mapping[str, Entrant],
+    reference: str,
+    rounds: int = 10,
+    warmup: int = 2,
+    synchronize: Callable[[], object] | None = None,
+) -> list[Row]:
+    """Call all entrants in turn, ``rounds`` times, and compare their times with the reference's.
+
+    Args:
+        entrants: what to call, by name; each call waits until its work is done.
+        reference: the name of the one that the others are compared with.
+        rounds: turns that each entrant has.
+        warmup: calls of each before the first round, untimed.
+        synchronize: waits for a device, where calls return before they are done.
+    """
+    if reference not in entrants:
+        raise ValueError(f"the reference {reference!r} is none of {', '.join(entrants)}")
+    repeats = {name: _repeats(call, warmup, synchronize) for name, call in entrants.items()}
+    names = list(entrants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            # whoever comes first finds other caches than whoever comes last
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                seconds[name].append(_turn(entrants[name], repeats[name], synchronize))
+            gc.collect()
+    finally:
+        if collecting:
+            gc.enable()
+    base = np.array(seconds[reference])
+    rows = []
+    for name in names:
+        own = np.array(seconds[name])
+        low, middle, high = np.quantile(base / own, (0.25, 0.5, 0.75))
+        median = float(np.median(own)) * 1e3
+        rows.append(Row(name, median, float(middle), float(low), float(high), rounds))
+    return rows
+
+
+def _repeats(call: Entrant, warmup: int, synchronize: Callable[[], object] | None) -> int:
+    for _ in range(max(warmup, 1)):
+        call()
+    return max(1, math.ceil(TURN / max(_turn(call, 1, synchronize), 1e-7)))
+
+
+def _turn(call: Entrant, repeats: int, synchronize: Callable[[], object] | None) -> float:
+    wait = synchronize or (lambda: None)
+    wait()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    wait()
+    return (time.perf_counter() - start) / repeats
+
+
+def installed(*modules: str) -> bool:
+    """Whether all of these can be imported; says so where they cannot."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        print(f'skipped: {", ".join(missing)} not installed (pip install "cnf[bench]")')
+    return not missing
+
+
+def pin(threads: int) -> None:
+    """Keep this process, JAX's threads among it, to so many threads and cores."""
+    torch.set_num_threads(threads)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    facts: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    facts |= {name: version(name) for name in PEERS if importlib.util.find_spec(name) is not None}
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def table(title: str, rows: Sequence[Mapping[str, Any] | Row], note: str = "") -> dict[str, Any]:
+    """A table of a result: ``Row`` records, or mappings from column to value."""
+    cells = [row.cells() if isinstance(row, Row) else dict(row) for row in rows]
+    figures = [asdict(row) if isinstance(row, Row) else dict(row) for row in rows]
+    return {"title": title, "note": note, "rows": figures, "cells": cells}
+
+
+def write(name: str, tables: Sequence[Mapping[str, Any]], folder: Path = RESULTS) -> Path:
+    """Write ``NAME.json`` and ``NAME.md`` and print the latter; returns the Markdown's path."""
+    facts = machine()
+    command = " ".join(["python -m benchmarks", *sys.argv[1:]])
+    figures = [{key: t[key] for key in ("title", "note", "rows")} for t in tables]
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"command": command, "machine": facts, "tables": figures}, indent=2)
+    (folder / f"{name}.json").write_text(text + "\n")
+    said = ", ".join(f"{key} {value}" for key, value in facts.items())
+    lines = [f"`{command}` ({said})", ""]
+    for t in tables:
+        lines += [f"**{t['title']}**", "", *([t["note"], ""] if t["note"] else [])]
+        lines += [markdown(t["cells"]), ""]
+    page = folder / f"{name}.md"
+    page.write_text("\n".join(lines))
+    print(page.read_text())
+    return page
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a Markdown table whose columns are all keys, in the order they first come."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
+    lines += [[number(row.get(column)) for column in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: Any) -> str:
+    """Three digits of a number; what is missing as a dash.
+
+    >>> number(1234567.0), number(0.012345), number(1.5e-7), number(None)
+    ('1,234,567', '0.0123', '1.5e-07', '–')
+    """
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if not math.isfinite(value):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    if value and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:.{max(0, min(digits, 5))}f}"
+
+
+def add_effort(parser: argparse.ArgumentParser) -> None:
+    """The options ``--quick`` and ``--full``; ``options.effort`` is ``"usual"`` without them."""
+    group = parser.add_mutually_exclusive_group()
+    for effort, said in (("quick", "few rounds, small sizes"), ("full", "everything")):
+        group.add_argument(
+            f"--{effort}", dest="effort", action="store_const", const=effort, help=said
+        )
+    parser.set_defaults(effort="usual")
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """The option ``--out``, for commands with figures of their own form."""
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+
+
+def report(figures: Mapping[str, Any], out: Path | None) -> None:
+    """Print figures as JSON, and write them where asked for."""
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n")
