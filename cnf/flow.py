@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -113,6 +115,13 @@ class Flow(nn.Module):
     def device(self) -> torch.device:
         """Where the flow is."""
         return self.scaling.loc.device
+
+    @property
+    def optional_context(self) -> bool:
+        """Whether NaN, or no context at all, may stand for a context that is not given."""
+        if self.encoder is None:
+            return False
+        return bool(self.encoder(self._no_context()).isfinite().all())
 
     # ---- densities -------------------------------------------------------------------------
 
@@ -256,12 +265,15 @@ class Flow(nn.Module):
     def standardize(self, x: Any, context: Any = None) -> Flow:
         """Fill the fixed affine maps from data: x and context then have mean 0 and variance 1.
 
-        A flow that was built with ``standardize=False`` scales the context alone.
+        A flow that was built with ``standardize=False`` scales the context alone; a context that
+        may be missing is scaled by the rows that have one.
         """
         x, context = self._broadcast(x, context)
         if self.scales_data:
             self.scaling.fit(x)
         if self.context_scaling is not None and context is not None:
+            if self.optional_context:
+                context = context[~context.isnan().any(-1)]
             self.context_scaling.fit(context)
         return self
 
@@ -365,6 +377,8 @@ class Flow(nn.Module):
 
     def _context(self, context: Any) -> Tensor | None:
         if context is None:
+            if self.optional_context:
+                return self._no_context()
             if self.context_features:
                 raise ValueError(
                     f"this flow is conditional: it needs a context of shape (*batch, "
@@ -380,6 +394,9 @@ class Flow(nn.Module):
                 f"{tuple(context.shape)}"
             )
         return context
+
+    def _no_context(self) -> Tensor:
+        return torch.full((self.context_features,), math.nan, dtype=self.dtype, device=self.device)
 
     def _tensor(self, name: str, value: Any) -> Tensor:
         if not isinstance(value, Tensor):
@@ -421,7 +438,9 @@ class Flow(nn.Module):
             dynamic: as in ``torch.compile``.
         """
         self._compiled = {
-            name: torch.compile(run, backend=backend, mode=mode, dynamic=dynamic)
+            name: _without_grad_warning(
+                torch.compile(run, backend=backend, mode=mode, dynamic=dynamic)
+            )
             for name, run in (("inverse", self._run_inverse), ("forward", self._run_forward))
         }
         return self
@@ -429,6 +448,24 @@ class Flow(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # compiled code belongs to this process
         return {**self.__dict__, "_compiled": {}}
+
+
+def _without_grad_warning(run: Callable[..., Mapped]) -> Callable[..., Mapped]:
+    """Compiled code whose tracing does not trip over a warning of torch's own making.
+
+    Dynamo looks at ``.grad`` of what a graph hands to the next, and hides the warning from people
+    but not from filters that turn warnings into errors.
+    """
+
+    @functools.wraps(run)
+    def quiet(*arguments: Any) -> Mapped:
+        if all(action != "error" for action, *_ in warnings.filters):
+            return run(*arguments)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
+            return run(*arguments)
+
+    return quiet
 
 
 class FlowDistribution(torch.distributions.Distribution):

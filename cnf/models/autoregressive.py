@@ -5,12 +5,14 @@ from __future__ import annotations
 from cnf.bijections import Affine
 from cnf.distributions import Normal
 from cnf.flow import Flow
+from cnf.models.framed import framed
 from cnf.models.parts import autoregressive_layers
 from cnf.registry import MODELS
 from cnf.transforms import Chain, Inverse
 
 
 @MODELS.register(paper="Papamakarios et al., MAF, NeurIPS 2017", family="autoregressive")
+@framed
 def maf(
     features: int,
     *,
@@ -49,6 +51,7 @@ def maf(
 
 
 @MODELS.register(paper="Kingma et al., IAF, NeurIPS 2016", family="autoregressive")
+@framed
 def iaf(
     features: int,
     *,

@@ -8,6 +8,7 @@ from torch import nn
 
 from cnf.distributions import Normal
 from cnf.flow import Flow
+from cnf.models.framed import framed
 from cnf.models.parts import context_net
 from cnf.registry import MODELS
 from cnf.transforms import Chain, Inverse, Planar, Radial, Sylvester, Transform
@@ -32,6 +33,7 @@ def _flow_of_bumps(
 
 
 @MODELS.register(paper="Rezende & Mohamed, Planar flows, ICML 2015", family="planar")
+@framed
 def planar(
     features: int,
     *,
@@ -71,6 +73,7 @@ def planar(
 
 
 @MODELS.register(paper="Rezende & Mohamed, Radial flows, ICML 2015", family="planar")
+@framed
 def radial(
     features: int,
     *,
@@ -108,6 +111,7 @@ def radial(
 
 
 @MODELS.register(paper="van den Berg et al., Sylvester flows, UAI 2018", family="planar")
+@framed
 def sylvester(
     features: int,
     *,

@@ -9,6 +9,7 @@ from torch import nn
 from cnf.distributions import Normal, as_shape
 from cnf.divergence import Divergence
 from cnf.flow import Flow
+from cnf.models.framed import framed
 from cnf.models.pixels import flow_of
 from cnf.nets import ConditionedMLP, ConvField, PotentialField, ResidualField, TimeMLP
 from cnf.ode import Solver
@@ -21,7 +22,6 @@ from cnf.transforms import (
     Multiscale,
     Squeeze,
     Transform,
-    as_support,
 )
 
 Shape = tuple[int, ...]
@@ -36,6 +36,7 @@ NORMALIZATIONS: dict[str, type[ActNorm] | type[BatchNorm] | None] = {
 @MODELS.register(
     paper="Grathwohl et al., FFJORD, ICLR 2019", objective="likelihood", family="continuous"
 )
+@framed
 def ffjord(
     features: int | Sequence[int],
     *,
@@ -57,7 +58,6 @@ def ffjord(
     solver: Solver | None = None,
     end_time: float = 1.0,
     trainable_end_time: bool = False,
-    support: str | tuple[float, float] | None = None,
 ) -> Flow:
     """FFJORD: a free-form continuous flow, dx/dt = v(t, x, context).
 
@@ -90,7 +90,6 @@ def ffjord(
             log-densities within 1e-4 nats of the exact solution, with the adjoint.
         end_time: T, how long the velocity's clock runs.
         trainable_end_time: learn T, one for each block.
-        support: where x lives: ``"positive"``, ``"interval"`` for (0, 1), two ends, ``"simplex"``.
 
     Paper: Grathwohl et al., "FFJORD: Free-form continuous dynamics for scalable reversible
     generative models", ICLR 2019. Defaults: its 2-D experiments' net and its concatsquash layers.
@@ -104,9 +103,7 @@ def ffjord(
         >>> ffjord((1, 4, 4), hidden=(4,), levels=2).sample((3,)).shape
         torch.Size([3, 1, 4, 4])
     """
-    data = as_shape(features)
-    outer = as_support(support, data)
-    shape = data if outer is None else outer.latent_shape(data)
+    shape = as_shape(features)
     if len(shape) not in (1, 3):
         raise ValueError(f"features is D or (channels, height, width), got {features}")
 
@@ -148,8 +145,6 @@ def ffjord(
         return parts
 
     core = steps(shape) if levels == 1 else [_multiscale(steps, shape, levels)]
-    if dequantize != "none" and outer is not None:
-        raise ValueError("integers have no support to be given: drop support= or dequantize=")
     if dequantize != "none":
         return flow_of(
             core,
@@ -164,13 +159,13 @@ def ffjord(
     return Flow(
         transform,
         Normal(transform.latent_shape(shape)),
-        event_shape=data,
+        event_shape=shape,
         context_features=context_features,
-        support=outer,
     )
 
 
 @MODELS.register(paper="Finlay et al., RNODE, ICML 2020", objective="rnode", family="continuous")
+@framed
 def rnode(
     features: int | Sequence[int],
     *,
@@ -187,7 +182,6 @@ def rnode(
     margin: float | None = 0.05,
     divergence: Divergence | None = None,
     solver: Solver | None = None,
-    support: str | tuple[float, float] | None = None,
 ) -> Flow:
     """RNODE: FFJORD whose training asks for short paths and a small Jacobian.
 
@@ -210,7 +204,6 @@ def rnode(
         divergence: the trace, exact by default.
         solver: method, tolerances and gradient mode; the paper trains on a fixed grid,
             ``Solver("rk4", step_size=0.25, gradient="backprop")``.
-        support: where x lives, as in ``ffjord``.
 
     Paper: Finlay et al., "How to train your neural ODE: the world of Jacobian and kinetic
     regularization", ICML 2020. Defaults: FFJORD's net, the paper's weights.
@@ -235,11 +228,11 @@ def rnode(
         margin=margin,
         divergence=divergence,
         solver=solver,
-        support=support,
     )
 
 
 @MODELS.register(paper="Onken et al., OT-Flow, AAAI 2021", objective="otflow", family="continuous")
+@framed
 def otflow(
     features: int,
     *,
@@ -248,7 +241,6 @@ def otflow(
     rank: int = 10,
     context_features: int = 0,
     solver: Solver | None = None,
-    support: str | tuple[float, float] | None = None,
 ) -> Flow:
     """OT-Flow: a continuous flow down a potential, dx/dt = -∇Φ(x, t), with straight paths.
 
@@ -263,7 +255,6 @@ def otflow(
         context_features: size of the context, 0 for an unconditional density.
         solver: method, tolerances and gradient mode; the paper has
             ``Solver("rk4", step_size=1 / 8, gradient="backprop")``.
-        support: where x lives, as in ``ffjord``.
 
     Paper: Onken et al., "OT-Flow: Fast and accurate continuous normalizing flows via optimal
     transport", AAAI 2021. Defaults: its two-dimensional experiments' net.
@@ -273,16 +264,13 @@ def otflow(
         >>> otflow(2).log_prob(torch.zeros(4, 2)).shape
         torch.Size([4])
     """
-    data = as_shape(features)
-    outer = as_support(support, data)
-    (size,) = data if outer is None else outer.latent_shape(data)
-    potential = PotentialField(size, width, layers, rank=rank, context_features=context_features)
+    potential = PotentialField(
+        features, width, layers, rank=rank, context_features=context_features
+    )
     return Flow(
         Continuous(potential, solver=solver, name="block 0"),
-        Normal(size),
-        event_shape=data,
+        Normal(features),
         context_features=context_features,
-        support=outer,
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from cnf.bijections import Additive
 from cnf.distributions import Logistic, Normal
 from cnf.flow import Flow
+from cnf.models.framed import framed
 from cnf.models.parts import coupling_layers
 from cnf.registry import MODELS
 from cnf.transforms import Chain, Diagonal
 
 
 @MODELS.register(paper="Dinh et al., NICE, 2014", family="coupling")
+@framed
 def nice(
     features: int,
     *,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from cnf.bijections import Inverted, LogisticMixture
 from cnf.distributions import Normal
 from cnf.flow import Flow
+from cnf.models.framed import framed
 from cnf.models.parts import context_net
 from cnf.registry import MODELS
 from cnf.transforms import Chain, Elementwise, HouseholderLinear, Transform
 
 
 @MODELS.register(paper="Meng et al., Gaussianization flows, AISTATS 2020", family="gaussianization")
+@framed
 def gaussianization(
     features: int,
     *,

@@ -9,6 +9,7 @@ from torch import nn
 from cnf.bijections import Affine, Inverted, LogisticMixture, ScalarMap
 from cnf.distributions import as_shape
 from cnf.flow import Flow
+from cnf.models.framed import framed
 from cnf.models.parts import coupling_layers
 from cnf.models.pixels import (
     MakeNet,
@@ -32,6 +33,7 @@ from cnf.transforms import (
 
 
 @MODELS.register(paper="Dinh et al., RealNVP, ICLR 2017", family="coupling")
+@framed
 def realnvp(
     features: int | Sequence[int],
     *,
@@ -124,6 +126,7 @@ def _realnvp_levels(
 
 
 @MODELS.register(paper="Kingma & Dhariwal, Glow, NeurIPS 2018", family="coupling")
+@framed
 def glow(
     features: int | Sequence[int],
     *,
@@ -229,6 +232,7 @@ def _top_prior(
 
 
 @MODELS.register(paper="Ho et al., Flow++, ICML 2019", family="coupling")
+@framed
 def flowpp(
     features: int | Sequence[int],
     *,

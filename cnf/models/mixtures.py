@@ -10,12 +10,14 @@ import torch
 from cnf.bijections import FixedAffine
 from cnf.distributions import Mixture, Transformed
 from cnf.flow import Flow
+from cnf.models.framed import framed
 from cnf.models.parts import context_net
 from cnf.registry import MODELS
 from cnf.transforms import Chain, Diagonal, Elementwise, Transform
 
 
 @MODELS.register(paper="", family="mixture")
+@framed
 def mixture(
     features: int,
     *,

@@ -12,6 +12,7 @@ from cnf.bijections import (
 )
 from cnf.distributions import Normal
 from cnf.flow import Flow
+from cnf.models.framed import framed
 from cnf.models.parts import autoregressive_layers
 from cnf.registry import MODELS
 from cnf.transforms import BlockAutoregressive, Chain, Permutation, Transform
@@ -34,6 +35,7 @@ def _density_flow(
 
 
 @MODELS.register(paper="Huang et al., NAF, ICML 2018", family="autoregressive")
+@framed
 def naf(
     features: int,
     *,
@@ -76,6 +78,7 @@ def naf(
 
 
 @MODELS.register(paper="Wehenkel & Louppe, UMNN, NeurIPS 2019", family="autoregressive")
+@framed
 def unaf(
     features: int,
     *,
@@ -118,6 +121,7 @@ def unaf(
 
 
 @MODELS.register(paper="Ramasinghe et al., Bernstein flows, 2021", family="polynomial")
+@framed
 def bpf(
     features: int,
     *,
@@ -157,6 +161,7 @@ def bpf(
 
 
 @MODELS.register(paper="Jaini et al., SOS flows, ICML 2019", family="polynomial")
+@framed
 def sospf(
     features: int,
     *,
@@ -199,6 +204,7 @@ def sospf(
 
 
 @MODELS.register(paper="De Cao et al., B-NAF, UAI 2019", family="autoregressive")
+@framed
 def bnaf(
     features: int,
     *,

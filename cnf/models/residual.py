@@ -6,6 +6,7 @@ import math
 
 from cnf.distributions import Normal
 from cnf.flow import Flow
+from cnf.models.framed import framed
 from cnf.nets.lipschitz import LipschitzMLP
 from cnf.registry import MODELS
 from cnf.transforms import ActNorm, Chain, Residual, Transform
@@ -13,6 +14,7 @@ from cnf.transforms.residual import LogDet
 
 
 @MODELS.register(paper="Chen et al., Residual flows, NeurIPS 2019", family="residual")
+@framed
 def residual_flow(
     features: int,
     *,

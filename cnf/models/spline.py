@@ -7,12 +7,14 @@ import math
 from cnf.bijections import RationalQuadratic
 from cnf.distributions import Normal, Uniform
 from cnf.flow import Flow
+from cnf.models.framed import framed
 from cnf.models.parts import autoregressive_layers, coupling_layers, mixed
 from cnf.registry import MODELS
 from cnf.transforms import Autoregressive, Chain, LULinear, Transform
 
 
 @MODELS.register(paper="Durkan et al., Neural spline flows, NeurIPS 2019", family="spline")
+@framed
 def nsf(
     features: int,
     *,
@@ -56,6 +58,7 @@ def nsf(
 
 
 @MODELS.register(paper="Rezende et al., Flows on tori and spheres, ICML 2020", family="spline")
+@framed
 def ncsf(
     features: int,
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,6 +11,13 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from cnf.flow import Flow
+
+
+MISSING = (
+    "this needs a conditional flow whose context may be missing: build it with context_features=… "
+    "and optional_context=True, or by hand with a field for one more context feature and "
+    "encoder=cnf.nets.OptionalContext()"
+)
 
 
 class Batch(NamedTuple):
@@ -66,6 +74,29 @@ class Objective(nn.Module, ABC):
             generator: where noise comes from, on the flow's device; None means torch's global one.
             progress: the fraction of the training budget that is spent, for schedules.
         """
+
+
+def without_context(context: Tensor, fraction: float, generator: torch.Generator | None) -> Tensor:
+    """The context with that fraction of its rows, chosen at random, replaced by NaN."""
+    if not fraction:
+        return context
+    chance = torch.rand(len(context), 1, generator=generator, device=context.device)
+    return torch.where(chance < fraction, math.nan, context)
+
+
+def dropped_fraction(flow: Flow, fraction: float | None) -> float:
+    """What share of the contexts training drops; None means a tenth where one may be missing.
+
+    Raises:
+        ValueError: if the flow cannot do without its context, or the share is none.
+    """
+    if fraction is None:
+        return 0.1 if flow.optional_context else 0.0
+    if not 0 <= fraction < 1:
+        raise ValueError(f"drop_context must lie in [0, 1), got {fraction}")
+    if fraction and not flow.optional_context:
+        raise ValueError(MISSING)
+    return fraction
 
 
 def mean(values: Tensor, weight: Tensor | None) -> Tensor:

@@ -170,7 +170,9 @@ def pair(
         return z
     if context is None:
         return z[coupling.choose(z, x, generator)]
-    values, group = torch.unique(context, dim=0, return_inverse=True)
+    # NaN equals nothing, and contexts that are missing are all alike
+    told = torch.where(context.isnan(), math.inf, context)
+    values, group = torch.unique(told, dim=0, return_inverse=True)
     if len(values) == len(x) >= TELLING:
         raise ValueError(
             f"{coupling} pairs base and data within equal contexts, and all {len(x)} contexts of "

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from cnf.divergence import event_dims
 from cnf.nets.guidance import Guided
-from cnf.objectives.base import Batch, Loss, Objective, mean
+from cnf.objectives.base import (
+    MISSING,
+    Batch,
+    Loss,
+    Objective,
+    dropped_fraction,
+    mean,
+    without_context,
+)
 from cnf.objectives.coupling import Coupling, Independent, as_coupling, pair
 from cnf.objectives.paths import Path, Times, as_path, as_times
 from cnf.transforms import Chain, Continuous
@@ -39,8 +47,8 @@ class FlowMatching(Objective):
             transport within the batch, and within equal contexts; ``"reflow"``; or a record.
         times: ``"uniform"``, ``"logit-normal"`` or a record.
         drop_context: the fraction of rows whose context is replaced by NaN, "not given", so that
-            ``guided`` has an unconditional velocity to start from; the flow needs an encoder that
-            takes it, ``cnf.nets.OptionalContext()``.
+            ``guided`` has an unconditional velocity to start from; None means a tenth for a flow
+            whose context is optional, none for others.
         teacher: for ``"reflow"``, the flow whose pairs ``(z, teacher.decode(z))`` are learned in
             place of the data (rectified flow). A frozen copy is made: it may be ``flow`` itself.
 
@@ -63,16 +71,12 @@ class FlowMatching(Objective):
         path: str | Path = "linear",
         coupling: str | Coupling = "independent",
         times: str | Times = "uniform",
-        drop_context: float = 0.0,
+        drop_context: float | None = None,
         teacher: Flow | None = None,
     ):
         super().__init__(flow)
         continuous_part(flow)  # refuse at once what cannot be matched
-        if not 0 <= drop_context < 1:
-            raise ValueError(f"drop_context must lie in [0, 1), got {drop_context}")
-        if drop_context:
-            missing_context(flow)
-        self.drop_context = drop_context
+        self.drop_context = dropped_fraction(flow, drop_context)
         self.path = as_path(path)
         self.times = as_times(times)
         reflow = coupling == "reflow"
@@ -130,10 +134,8 @@ class FlowMatching(Objective):
             )
         if batch.context is None or scaling is None:
             return None
-        scaled = scaling.inverse(batch.context).value
-        if self.drop_context:
-            chance = torch.rand(len(scaled), 1, generator=generator, device=scaled.device)
-            scaled = torch.where(chance < self.drop_context, math.nan, scaled)
+        context = without_context(batch.context, self.drop_context, generator)
+        scaled = scaling.inverse(context).value
         return scaled if self.flow.encoder is None else self.flow.encoder(scaled)
 
 
@@ -141,7 +143,8 @@ def guided(flow: Flow, weight: float) -> Flow:
     """A copy of a conditional flow whose context counts ``weight`` times (1: as in the flow).
 
     It is a flow in its own right: its samples are the guided ones, and its ``log_prob`` is exactly
-    their density. ``flow`` must have been trained with dropped contexts, see ``FlowMatching``.
+    their density. ``flow`` was built with ``optional_context=True``, so that training dropped some
+    of its contexts.
 
     Args:
         flow: its transform begins with a continuous one, which is the part that is guided.
@@ -149,39 +152,19 @@ def guided(flow: Flow, weight: float) -> Flow:
 
     Example:
         >>> import cnf
-        >>> field = cnf.nets.TimeMLP(2, (8,), context_features=4)
-        >>> flow = cnf.Flow(
-        ...     cnf.Continuous(field),
-        ...     cnf.Normal(2),
-        ...     context_features=3,
-        ...     encoder=cnf.nets.OptionalContext(),
-        ... )
+        >>> flow = cnf.ffjord(2, hidden=(8,), context_features=3, optional_context=True)
         >>> guided(flow, 2.0).sample((5,), torch.eye(3)[0]).shape
         torch.Size([5, 2])
     """
-    missing = missing_context(flow)
+    if flow.encoder is None or not flow.optional_context:
+        raise ValueError(MISSING)
+    nothing = torch.full((flow.context_features,), math.nan, dtype=flow.dtype, device=flow.device)
+    missing = flow.encoder(nothing)
     flow = copy.deepcopy(flow)
     flow.recipe = None  # it no longer is what the recipe builds
     part, _ = continuous_part(flow)
     part.field = Guided(part.field, missing, weight)
     return flow
-
-
-def missing_context(flow: Flow) -> Tensor:
-    """What the flow's transform sees where no context is given.
-
-    Raises:
-        ValueError: if the flow has no way to say so.
-    """
-    given = torch.full((flow.context_features,), math.nan, dtype=flow.dtype, device=flow.device)
-    missing = given if flow.encoder is None else flow.encoder(given)
-    if not flow.context_features or not bool(torch.isfinite(missing).all()):
-        raise ValueError(
-            "guidance needs a conditional flow whose context may be missing: build its field for "
-            "one more context feature, and the flow with context_features=… and "
-            "encoder=cnf.nets.OptionalContext()"
-        )
-    return missing
 
 
 def _rows_per_time(rows: int, part: Continuous) -> int:

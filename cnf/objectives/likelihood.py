@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from cnf.divergence import event_dims
-from cnf.objectives.base import Batch, Loss, Objective, mean
+from cnf.objectives.base import (
+    Batch,
+    Loss,
+    Objective,
+    dropped_fraction,
+    mean,
+    without_context,
+)
 from cnf.transforms import Continuous
 from cnf.transforms.base import Request
 
@@ -34,6 +41,8 @@ class MaximumLikelihood(Objective):
             accuracy than a density that is reported; None means the model's own.
         end_time_spread: STEER (Ghosh et al. 2020, arXiv:2006.10711): each batch runs the clock of
             continuous flows faster or slower by a factor uniform in ``1 ± end_time_spread``.
+        drop_context: the fraction of rows whose context is replaced by NaN, "not given"; None means
+            a tenth for a flow whose context is optional, none for others.
 
     Example:
         >>> import cnf
@@ -51,6 +60,7 @@ class MaximumLikelihood(Objective):
         costs: Mapping[Cost, float | Callable[[float], float]] | None = None,
         tolerance: float | None = 1e-3,
         end_time_spread: float = 0.0,
+        drop_context: float | None = None,
     ):
         super().__init__(flow)
         if any(isinstance(p, Continuous) and event_dims(p.field) == 1 for p in flow.modules()):
@@ -66,6 +76,7 @@ class MaximumLikelihood(Objective):
         self.costs = dict(costs or {})
         self.tolerance = tolerance
         self.end_time_spread = end_time_spread
+        self.drop_context = dropped_fraction(flow, drop_context)
 
     def forward(
         self, batch: Batch, *, generator: torch.Generator | None = None, progress: float = 0.0
@@ -78,7 +89,10 @@ class MaximumLikelihood(Objective):
             generator=generator,
             clock=self._clock(generator),
         )
-        found = self.flow.evaluate(batch.x, batch.context, request)
+        context = batch.context
+        if context is not None:
+            context = without_context(context, self.drop_context, generator)
+        found = self.flow.evaluate(batch.x, context, request)
         total = -mean(found.log_prob, batch.weight)
         terms = {"nll": total.detach()}
         for cost, weight in self.costs.items():

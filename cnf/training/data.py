@@ -81,11 +81,19 @@ class Shape:
         event_shape: the shape of one row of x.
         context_features: the size of one row of context, 0 for none.
         like: a tensor with the flow's dtype and device.
+        optional_context: whether NaN may stand for a context.
     """
 
-    def __init__(self, event_shape: tuple[int, ...], context_features: int, like: Tensor):
+    def __init__(
+        self,
+        event_shape: tuple[int, ...],
+        context_features: int,
+        like: Tensor,
+        optional_context: bool = False,
+    ):
         self.event_shape = tuple(event_shape)
         self.context_features = context_features
+        self.optional_context = optional_context
         self.dtype = like.dtype
         self.device = like.device
 
@@ -111,7 +119,7 @@ class Shape:
                 f"the flow is conditioned on {self.context_features} features, but the data has no "
                 "context; pass (x, context) or context=…"
             )
-        context = self._convert(context, "context")
+        context = self._convert(context, "context", self.optional_context)
         if context.ndim == 1 and self.context_features == 1:
             context = context.unsqueeze(-1)
         if tuple(context.shape) != (len(x), self.context_features):
@@ -121,7 +129,7 @@ class Shape:
             )
         return x, context
 
-    def _convert(self, values: Any, what: str) -> Tensor:
+    def _convert(self, values: Any, what: str, optional: bool = False) -> Tensor:
         if not isinstance(values, Tensor):
             array = np.asarray(values)
             if array.dtype.kind not in "biuf":
@@ -133,7 +141,8 @@ class Shape:
         if values.is_complex():
             raise TypeError(f"the {what} must be real numbers, got {values.dtype}")
         values = values.detach().to(device=self.device, dtype=self.dtype)
-        bad = ~torch.isfinite(values.flatten(1) if values.ndim > 1 else values[..., None])
+        rows = values.flatten(1) if values.ndim > 1 else values[..., None]
+        bad = torch.isinf(rows) if optional else ~torch.isfinite(rows)
         if bad.any():
             row = int(bad.any(-1).nonzero()[0])
             raise ValueError(

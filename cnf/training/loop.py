@@ -142,7 +142,7 @@ def fit(
     root = torch.Generator().manual_seed(seed)
     order_seed, noise_seed = torch.randint(2**62, (2,), generator=root).tolist()
     like = torch.empty(0, dtype=flow.dtype, device=flow.device)
-    shape = Shape(flow.event_shape, flow.context_features, like)
+    shape = Shape(flow.event_shape, flow.context_features, like, flow.optional_context)
     rows, held = training_and_validation(data, context, validation, shape, root)
     order = Order(len(rows), batch_size, torch.Generator().manual_seed(order_seed))
     noise = torch.Generator(device=flow.device).manual_seed(noise_seed)

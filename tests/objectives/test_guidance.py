@@ -8,7 +8,7 @@ from torch import nn
 
 import cnf
 from cnf.nets import Guided, OptionalContext, TimeMLP
-from cnf.objectives import Batch, FlowMatching, guided
+from cnf.objectives import Batch, FlowMatching, MaximumLikelihood, guided
 
 
 class Push(nn.Module):
@@ -70,24 +70,72 @@ def test_weights_one_and_zero_are_the_flow_with_and_without_its_context():
     )
 
 
-def test_contexts_are_dropped_as_often_as_asked():
+@pytest.mark.parametrize("make", [FlowMatching, MaximumLikelihood])
+@pytest.mark.parametrize(("given", "fraction"), [(0.25, 0.25), (None, 0.1), (0.0, 0.0)])
+def test_contexts_are_dropped_as_often_as_asked(make, given, fraction):
     field = Push()
-    objective = FlowMatching(flow_of(field), drop_context=0.25)
+    objective = make(flow_of(field), drop_context=given)
     context = torch.full((4000, 1), 2.0)
     loss = objective(Batch(torch.zeros(4000, 1), context), generator=torch.Generator())
     seen = field.seen[-1].reshape(-1, 2)
-    assert seen[:, 1].mean().item() == pytest.approx(0.25, abs=0.03)
+    assert seen[:, 1].mean().item() == pytest.approx(fraction, abs=0.03)
     assert torch.equal(seen[:, 0], 2 * (1 - seen[:, 1]))
     loss.total.backward()
     assert field.gain.grad.isfinite()
 
 
+@pytest.mark.parametrize("name", ["ffjord", "maf"])
+def test_models_by_name_take_missing_contexts(name, tmp_path):
+    torch.manual_seed(0)
+    options = {"solver": cnf.Solver("rk4", step_size=0.25)} if name == "ffjord" else {}
+    flow = cnf.models[name].build(2, context_features=3, optional_context=True, **options)
+    assert flow.optional_context
+    assert flow.context_features == 3
+    context = torch.randn(60, 3, generator=torch.Generator().manual_seed(1)) + 5
+    context[::7] = math.nan
+    history = cnf.fit(flow, (torch.randn(60, 2), context), steps=3, batch_size=30)
+    assert history.skipped == 0
+    whole = context[~context.isnan().any(-1)]
+    torch.testing.assert_close(flow.context_scaling.loc, whole.mean(0), atol=1.0, rtol=0)
+    x = torch.randn(5, 2)
+    scores = flow.log_prob(x)
+    assert torch.equal(scores, flow.log_prob(x, torch.full((3,), math.nan)))
+    assert not torch.equal(scores, flow.log_prob(x, context[1]))
+    assert flow.sample((4,)).shape == (4, 2)
+    flow.save(tmp_path)
+    loaded = cnf.load(tmp_path)
+    assert torch.equal(loaded.log_prob(x), scores)
+    assert loaded.recipe.arguments["optional_context"]
+
+
+def test_guidance_by_name():
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    side = torch.randint(2, (2000, 1), generator=generator).float()
+    x = 2 * side - 1 + 0.5 * torch.randn(2000, 1, generator=generator)
+    solver = cnf.Solver("rk4", step_size=0.125)
+    flow = cnf.ffjord(1, hidden=(16, 16), context_features=1, optional_context=True, solver=solver)
+    cnf.fit(flow, (x, side), objective="flow-matching", steps=400, batch_size=128)
+    means = [
+        one.sample((2000,), torch.ones(1), generator=generator).mean().item()
+        for one in (guided(flow, 0.0), flow, guided(flow, 3.0))
+    ]
+    assert means[0] == pytest.approx(0.0, abs=0.2)
+    assert means[1] == pytest.approx(1.0, abs=0.1)
+    assert means[2] > means[1] + 0.2
+
+
 def test_what_cannot_do_without_its_context_is_refused():
     plain = cnf.ffjord(2, hidden=(8,), context_features=1)
-    with pytest.raises(ValueError, match=r"encoder=cnf.nets.OptionalContext\(\)"):
-        FlowMatching(plain, drop_context=0.1)
-    with pytest.raises(ValueError, match="needs a conditional flow"):
+    for make in (FlowMatching, MaximumLikelihood):
+        with pytest.raises(ValueError, match=r"encoder=cnf.nets.OptionalContext\(\)"):
+            make(plain, drop_context=0.1)
+    with pytest.raises(ValueError, match="optional_context=True"):
         guided(cnf.ffjord(2, hidden=(8,)), 2.0)
+    with pytest.raises(ValueError, match="pass context_features="):
+        cnf.ffjord(2, optional_context=True)
+    with pytest.raises(ValueError, match="missing or infinite"):
+        cnf.fit(plain, (torch.zeros(50, 2), torch.full((50, 1), math.nan)), steps=1)
     with pytest.raises(ValueError, match=r"drop_context must lie in \[0, 1\)"):
         FlowMatching(plain, drop_context=1.0)
     with pytest.raises(ValueError, match="a guided field needs the context"):

@@ -22,6 +22,8 @@ class Named:
 class Recording(nn.Module):
     """A density with log p = −x · scale, which keeps the requests that it gets."""
 
+    optional_context = False
+
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(2.0))

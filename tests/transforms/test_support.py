@@ -85,6 +85,26 @@ def test_outside_the_density_is_zero(name, model):
     torch.testing.assert_close(flow.log_prob(good), log_prob[len(bad) :], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("model", [*cnf.models])
+def test_every_model_of_vectors_takes_a_support(model, tmp_path):
+    name = "simplex"
+    support, event = SUPPORTS[name]
+    torch.manual_seed(0)
+    if model == "ncsf":
+        with pytest.raises(ValueError, match="angles"):
+            cnf.ncsf(event[0], support=support)
+        return
+    flow = cnf.models[model].build(event[0], support=support)
+    x = inside(name, 4).float()
+    flow.standardize(inside(name, 50).float())
+    log_prob = flow.log_prob(x)
+    assert log_prob.isfinite().all()
+    assert flow.log_prob(torch.tensor(OUTSIDE[name])).isneginf().all()
+    assert flow.sample((3,)).shape == (3, *event)
+    flow.save(tmp_path)
+    assert torch.equal(cnf.load(tmp_path).log_prob(x), log_prob)
+
+
 @every
 def test_a_flow_lives_in_its_support(name, tmp_path):
     support, event = SUPPORTS[name]
