@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cnf.distributions import Base, as_shape
 from cnf.registry import Recipe
 from cnf.storage import save
+from cnf.torch_distribution import FlowDistribution
 from cnf.transforms.base import Mapped, Request, Transform, compose, value_only
 from cnf.transforms.normalization import Standardize
 from cnf.transforms.support import SupportedStandardize
@@ -119,9 +120,8 @@ class Flow(nn.Module):
     @property
     def optional_context(self) -> bool:
         """Whether NaN, or no context at all, may stand for a context that is not given."""
-        if self.encoder is None:
-            return False
-        return bool(self.encoder(self._no_context()).isfinite().all())
+        encoder = self.encoder
+        return encoder is not None and bool(encoder(self._no_context()).isfinite().all())
 
     # ---- densities -------------------------------------------------------------------------
 
@@ -265,8 +265,8 @@ class Flow(nn.Module):
     def standardize(self, x: Any, context: Any = None) -> Flow:
         """Fill the fixed affine maps from data: x and context then have mean 0 and variance 1.
 
-        A flow that was built with ``standardize=False`` scales the context alone; a context that
-        may be missing is scaled by the rows that have one.
+        A flow that was built with ``standardize=False`` scales the context alone. An optional
+        context is scaled by the rows that have it.
         """
         x, context = self._broadcast(x, context)
         if self.scales_data:
@@ -377,14 +377,12 @@ class Flow(nn.Module):
 
     def _context(self, context: Any) -> Tensor | None:
         if context is None:
-            if self.optional_context:
-                return self._no_context()
-            if self.context_features:
+            if self.context_features and not self.optional_context:
                 raise ValueError(
                     f"this flow is conditional: it needs a context of shape (*batch, "
                     f"{self.context_features})"
                 )
-            return None
+            return self._no_context() if self.optional_context else None
         context = self._tensor("context", context)
         if not self.context_features:
             raise ValueError("this flow takes no context; build it with context_features=…")
@@ -396,7 +394,7 @@ class Flow(nn.Module):
         return context
 
     def _no_context(self) -> Tensor:
-        return torch.full((self.context_features,), math.nan, dtype=self.dtype, device=self.device)
+        return self.scaling.loc.new_full((self.context_features,), math.nan)
 
     def _tensor(self, name: str, value: Any) -> Tensor:
         if not isinstance(value, Tensor):
@@ -466,46 +464,3 @@ def _without_grad_warning(run: Callable[..., Mapped]) -> Callable[..., Mapped]:
             return run(*arguments)
 
     return quiet
-
-
-class FlowDistribution(torch.distributions.Distribution):
-    """A flow at a fixed context, for everything that takes a ``torch`` distribution."""
-
-    has_rsample = True
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-
-    def __init__(self, flow: Flow, context: Tensor | None = None, batch_shape: Sequence[int] = ()):
-        self.flow, self.context = flow, context
-        batch = torch.Size(batch_shape) if context is None else context.shape[:-1]
-        super().__init__(batch, torch.Size(flow.event_shape), validate_args=False)
-
-    @property
-    def support(self) -> Any:
-        """All of real space, or what the flow's support says."""
-        if isinstance(self.flow.scaling, SupportedStandardize):
-            return self.flow.scaling.constraint
-        constraints = torch.distributions.constraints
-        return constraints.independent(constraints.real, len(self.event_shape))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density in nats."""
-        return self.flow.log_prob(value, self.context)
-
-    def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
-        """Reparameterised samples."""
-        return self.flow.rsample(self._shape(sample_shape), self.context)
-
-    def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
-        """Samples without gradient."""
-        return self.flow.sample(self._shape(sample_shape), self.context)
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlowDistribution:
-        """The same flow over more batch axes."""
-        context = self.context
-        if context is not None:
-            context = context.expand(*batch_shape, self.flow.context_features)
-        return FlowDistribution(self.flow, context, batch_shape)
-
-    def _shape(self, sample_shape: Sequence[int]) -> tuple[int, ...]:
-        # a context brings the batch axes itself
-        return (*sample_shape, *(self.batch_shape if self.context is None else ()))

@@ -17,7 +17,7 @@ FLOORS = [
     {"registry", "files", "bijections", "nets", "divergence", "ode", "distributions", "data"},
     {"costs"},
     {"transforms"},
-    {"flow", "storage"},
+    {"flow", "storage", "torch_distribution"},
     {"models", "objectives", "plots", "measure", "importers"},
     {"training"},
     {"runs", "trial"},
