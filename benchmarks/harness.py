@@ -126,6 +126,11 @@ def installed(*modules: str) -> bool:
     return not missing
 
 
+def say(line: str) -> None:
+    """Tell a person who waits how far it is."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def pin(threads: int) -> None:
     """Keep this process, JAX's threads among it, to so many threads and cores."""
     torch.set_num_threads(threads)
