@@ -20,6 +20,7 @@ from cnf.training import History
 
 RUN = "cnf run"
 COMPARISON = "cnf comparison"
+SOURCE, RESULTS = "data.json", "results.json"
 
 
 class OutputError(FileExistsError):
@@ -35,12 +36,14 @@ class Source:
         columns: the names of the features.
         context_columns: the names of the context's columns.
         seed: what the split into training and held-out rows was drawn with.
+        key: which array of an NPZ file.
     """
 
     name: str
     columns: tuple[str, ...]
     context_columns: tuple[str, ...] = ()
     seed: int = 0
+    key: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,7 @@ def resolve(
     context_columns: Sequence[str] | None = None,
     drop_missing: bool = False,
     dequantize: bool = False,
+    key: str | None = None,
     seed: int = 0,
 ) -> Target | Table:
     """The toy density of that name, or else the table in that file.
@@ -70,6 +74,7 @@ def resolve(
         context_columns: the columns of a table to condition on.
         drop_missing: leave out a table's rows with missing or infinite values.
         dequantize: add uniform noise to a table's whole or repeated numbers.
+        key: which array of an NPZ file, where it holds several.
         seed: where that noise comes from.
 
     Raises:
@@ -78,10 +83,10 @@ def resolve(
     """
     path = Path(name)
     if str(name) in targets():
-        if columns or context_columns or drop_missing or dequantize:
+        if columns or context_columns or drop_missing or dequantize or key:
             raise DataError(
-                f"{name} is a toy density: columns, context columns, dropping rows and "
-                "dequantising are for tables only"
+                f"{name} is a toy density: columns, context columns, dropping rows, "
+                "dequantising and keys are for tables only"
             )
         return toy(str(name))
     if not path.exists() and not path.suffix and path.name == str(name):
@@ -92,6 +97,7 @@ def resolve(
         context_columns=context_columns,
         drop_missing=drop_missing,
         dequantize=dequantize,
+        key=key,
         generator=torch.Generator().manual_seed(seed),
     )
 
@@ -106,7 +112,7 @@ def write_json(path: Path, value: Any) -> None:
 def kind(folder: str | Path) -> str | None:
     """What an earlier command left in a folder: ``RUN``, ``COMPARISON``, or None."""
     for what, file, keys in (
-        (RUN, "data.json", {"name", "columns", "seed"}),
+        (RUN, SOURCE, {"name", "columns", "seed"}),
         (COMPARISON, "results.json", {"target", "rows"}),
     ):
         try:
@@ -145,10 +151,23 @@ def write_run(
     results: Mapping[str, Any],
 ) -> None:
     """Fill a claimed folder: where the data came from, the flow's own files, how it went."""
-    write_json(folder / "data.json", dataclasses.asdict(source))
+    write_source(folder, source)
     flow.save(folder)
     write_json(folder / "history.json", dataclasses.asdict(history))
-    write_json(folder / "results.json", results)
+    write_json(folder / RESULTS, results)
+
+
+def write_source(folder: Path, source: Source) -> None:
+    """Note in a claimed folder where the data comes from: a run that is not finished yet."""
+    (folder / RESULTS).unlink(missing_ok=True)
+    write_json(folder / SOURCE, dataclasses.asdict(source))
+
+
+def read_source(folder: Path) -> Source:
+    """What ``write_source`` noted."""
+    said = json.loads((folder / SOURCE).read_bytes())
+    said |= {name: tuple(said[name]) for name in ("columns", "context_columns")}
+    return Source(**said)
 
 
 def open_run(folder: str | Path, *, device: str | None = None) -> Run:
@@ -165,15 +184,13 @@ def open_run(folder: str | Path, *, device: str | None = None) -> Run:
         raise DataError(
             f"{folder} is a comparison; its runs are {', '.join(str(folder / m) for m in models)}"
         )
-    if not (folder / "data.json").exists() or not (folder / "results.json").exists():
+    if not (folder / SOURCE).exists() or not (folder / RESULTS).exists():
         raise FileNotFoundError(
             errno.ENOENT, "not a finished run (cnf fit and cnf compare make them)", str(folder)
         )
-    said = json.loads((folder / "data.json").read_bytes())
-    said |= {name: tuple(said[name]) for name in ("columns", "context_columns")}
     return Run(
         load(folder, device=device),
-        Source(**said),
+        read_source(folder),
         History.from_json((folder / "history.json").read_text()),
-        json.loads((folder / "results.json").read_bytes()),
+        json.loads((folder / RESULTS).read_bytes()),
     )

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +133,7 @@ def split(
     parts = (order[2 * held :] if test else order[held:], validation, order[:held])
     given = data.context
     contexts = tuple(None if given is None else given[part] for part in parts)
-    source = Source(str(data.path), data.columns, data.context_columns, seed)
+    source = Source(str(data.path), data.columns, data.context_columns, seed, data.key)
     train, held_out, last = (data.x[part] for part in parts)
     return Split(source, train, held_out, last, contexts)
 
@@ -183,6 +183,9 @@ def train(
     batch_size: int | None = None,
     lr: float | None = None,
     objectives: Sequence[str] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    out: Path | None = None,
+    resume: bool = False,
     progress: bool | None = None,
 ) -> tuple[Flow, History]:
     """Build the model of that name for the data, and fit it.
@@ -200,16 +203,26 @@ def train(
         batch_size: points per step; None leaves it to ``fit``.
         lr: the peak learning rate; None leaves it to ``fit``.
         objectives: names of objectives, in turn; None leaves them to the model.
+        arguments: of the model, beside the sizes of data and context.
+        out: a folder for checkpoints.
+        resume: go on from the checkpoint there, if there is one.
         progress: whether to show a progress bar; None shows it in a terminal.
+
+    Raises:
+        RecipeError: if the model does not take these arguments.
     """
     model, objective = recipe(name, objectives)
     context, held_context, _ = data.contexts
     with torch.random.fork_rng(devices=[]):
         torch.random.manual_seed(seed)
-        flow = models[model].build(
-            data.train.shape[-1],
-            context_features=0 if context is None else context.shape[-1],
-        )
+        try:
+            flow = models[model].build(
+                data.train.shape[-1],
+                context_features=0 if context is None else context.shape[-1],
+                **(arguments or {}),
+            )
+        except ValueError as error:
+            raise RecipeError(f"{model}: {error}") from error
     flow.to(as_device(device), dtype)
     _rehearse(flow, data)
     chosen: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
@@ -224,6 +237,8 @@ def train(
         seed=seed,
         progress=progress,
         lr=lr,
+        out=out,
+        resume=resume,
         **chosen,
     )
     return flow, history
@@ -433,6 +448,7 @@ def draw_run(run: Run, *, name: str, seed: int = 0) -> Figure:
             source.name,
             columns=source.columns,
             context_columns=source.context_columns,
+            key=source.key,
             drop_missing=True,
             fitting=False,
             minimum_rows=20,

@@ -9,6 +9,7 @@ import pytest
 
 from cnf.__main__ import main
 from cnf.training import History
+from cnf.training.update import Updater
 
 pytest.importorskip("typer")
 
@@ -96,7 +97,9 @@ def test_fit_score_sample_and_plot_a_table(cnf, csv, tmp_path) -> None:
     assert code == 0
     assert "on 8 validation rows" in out
     said = json.loads((tmp_path / "run/data.json").read_text())
-    assert said == {"name": csv, "columns": ["a", "b", "dose"], "context_columns": [], "seed": 0}
+    assert said == {
+        "name": csv, "columns": ["a", "b", "dose"], "context_columns": [], "seed": 0, "key": None,
+    }  # fmt: skip
     assert {"data.json", "flow.json", "flow.safetensors", "history.json", "results.json"} <= set(
         os.listdir(tmp_path / "run")
     )
@@ -142,6 +145,77 @@ def test_a_conditional_table(cnf, csv, tmp_path) -> None:
     code, _, err = cnf("sample", "run", "--context", "dose=high")
     assert code == 2
     assert "must be numbers" in err
+
+
+def test_an_optional_context_and_guidance(cnf, csv, tmp_path) -> None:
+    arguments = ("--steps", 2, "--context-columns", "dose", "--out", "run")
+    assert cnf("fit", csv, "--model", "ffjord+fm-only", "--optional-context", *arguments)[0] == 0
+    assert cnf("sample", "run", "-n", 3)[0] == 0
+    names, samples = read(tmp_path / "samples.csv")
+    assert (names, samples.shape) == (["a", "b"], (3, 2))
+    assert cnf("sample", "run", "-n", 3, "--context", "dose=5", "--guidance", 2)[0] == 0
+    assert read(tmp_path / "samples.csv")[1].shape == (3, 3)
+
+    assert cnf("fit", csv, "--model", "maf", *arguments)[0] == 0
+    code, _, err = cnf("sample", "run", "-n", 3, "--context", "dose=5", "--guidance", 2)
+    assert code == 2
+    assert "optional_context=True" in err
+
+
+def test_a_support(cnf, tmp_path) -> None:
+    shares = np.random.default_rng(0).dirichlet([1, 2, 3], size=60)
+    np.savetxt(tmp_path / "shares.csv", shares, delimiter=",", header="a,b,c", comments="")
+    arguments = ("shares.csv", "--model", "nice", "--steps", 2, "--out", "run", "--support")
+    assert cnf("fit", *arguments, "simplex")[0] == 0
+    assert cnf("sample", "run", "-n", 5)[0] == 0
+    assert np.allclose(read(tmp_path / "samples.csv")[1].sum(1), 1, atol=1e-5)
+    assert cnf("fit", *arguments, "0,inf")[0] == 0
+    for support, message in (
+        ("simplx", "Did you mean 'simplex'"),
+        ("5,3", "a finite lower end and a larger upper one"),
+        ("0.5,0.6", "samples lie outside of the flow's support"),
+    ):
+        code, out, err = cnf("fit", *arguments, support)
+        assert (code, out) == (2, "")
+        assert message in err
+        assert "Traceback" not in err
+
+
+def test_an_archive_of_several_arrays(cnf, tmp_path) -> None:
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "two.npz", train=random.normal(size=(40, 2)), test=np.zeros((9, 2)))
+    arguments = ("two.npz", "--model", "nice", "--steps", 2, "--out", "run")
+    code, _, err = cnf("fit", *arguments)
+    assert code == 2
+    assert "name one with --key" in err
+    assert cnf("fit", *arguments, "--key", "train")[0] == 0
+    assert cnf("score", "run", "two.npz", "--key", "test")[0] == 0
+    assert len(read(tmp_path / "scores.csv")[1]) == 9
+    assert cnf("plot", "run")[0] == 0
+
+
+def test_a_fit_is_resumed(cnf, csv, monkeypatch, tmp_path) -> None:
+    arguments = (csv, "--model", "nice", "--steps", 40, "--out")
+    assert cnf("fit", *arguments, "whole")[0] == 0
+    steps, make = [], Updater.step
+
+    def killed(*rest):
+        steps.append(1)
+        if len(steps) == 25:
+            raise KeyboardInterrupt
+        return make(*rest)
+
+    monkeypatch.setattr(Updater, "step", killed)
+    assert cnf("fit", *arguments, "run")[0] == 130
+    code, _, err = cnf("fit", *arguments, "run", "--resume", "--seed", 1)
+    assert code == 2
+    assert "nothing to resume" in err
+    assert cnf("fit", *arguments, "run", "--resume")[0] == 0
+    assert len(steps) == 41
+    assert cnf("score", "run", csv, "--out", "one.csv")[0] == 0
+    assert cnf("score", "whole", csv, "--out", "two.csv")[0] == 0
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+    assert cnf("fit", *arguments, "run", "--resume", "--model", "maf")[0] == 2
 
 
 def test_fit_a_toy_in_double_precision(cnf, tmp_path) -> None:

@@ -504,6 +504,16 @@ def test_a_run_in_which_every_step_fails_is_an_error():
         fit(flow, gaussian(300), objective=Failing(flow, lambda call: True, nan_loss), steps=3)
 
 
+def test_a_short_time_in_which_every_step_fails_is_an_error_too():
+    def slow(loss):
+        time.sleep(0.1)
+        return nan_loss(loss)
+
+    flow = affine()
+    with pytest.raises(TrainingError, match="steps failed"):
+        fit(flow, gaussian(300), objective=Failing(flow, lambda call: True, slow), seconds=0.5)
+
+
 def test_failure_can_stop_at_once():
     flow = affine()
     objective = Failing(flow, lambda call: call == 3, solver_error)

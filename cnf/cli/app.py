@@ -12,7 +12,7 @@ from cnf.data import DataError
 from cnf.ode import SolverError
 from cnf.registry import UnknownNameError
 from cnf.storage import LoadError
-from cnf.training import TrainingError
+from cnf.training import CheckpointError, TrainingError
 from cnf.trial import RecipeError
 
 HELP = (
@@ -64,6 +64,9 @@ DropMissing = Annotated[
 Dequantize = Annotated[
     bool, typer.Option("--dequantize", help="Add uniform noise to columns of whole numbers.")
 ]
+Key = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Which array of an NPZ file to read.")
+]
 
 
 def examples(*lines: str) -> str:
@@ -110,6 +113,7 @@ EXPECTED = (
     LoadError,
     SolverError,
     TrainingError,
+    CheckpointError,
     RecipeError,
     FloatingPointError,
     InversionError,

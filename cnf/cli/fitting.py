@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -15,6 +15,7 @@ from cnf.cli.app import (
     Dequantize,
     Device,
     DropMissing,
+    Key,
     Seconds,
     Seed,
     Steps,
@@ -25,7 +26,8 @@ from cnf.cli.app import (
     usable,
 )
 from cnf.compare import MODELS, compare
-from cnf.runs import RUN, claim, resolve, write_run
+from cnf.data import DataError
+from cnf.runs import RUN, SOURCE, claim, read_source, resolve, write_run, write_source
 from cnf.trial import measure, recipe, split, train
 
 
@@ -59,6 +61,7 @@ def compare_command(
     context_columns: ContextColumns = "",
     drop_missing: DropMissing = False,
     dequantize: Dequantize = False,
+    key: Key = None,
 ) -> None:
     """Compare models on the same data and budget.
 
@@ -75,6 +78,7 @@ def compare_command(
         context_columns=listed(context_columns),
         drop_missing=drop_missing,
         dequantize=dequantize,
+        key=key,
         seed=seed,
     )
     folder = out or Path("runs") / Path(target).stem
@@ -104,6 +108,7 @@ def compare_command(
         "cnf fit measurements.csv --model nsf --out runs/nsf",
         "cnf fit measurements.csv --context-columns dose --seconds 300 --out runs/by-dose",
         "cnf fit 2spirals --model ffjord --out runs/spirals",
+        "cnf fit shares.csv --support simplex --seconds 3600 --out runs/shares --resume",
     ),
 )
 def fit_command(
@@ -118,6 +123,7 @@ def fit_command(
     context_columns: ContextColumns = "",
     drop_missing: DropMissing = False,
     dequantize: Dequantize = False,
+    key: Key = None,
     seconds: Seconds = None,
     steps: Steps = None,
     batch_size: Batch = None,
@@ -126,8 +132,23 @@ def fit_command(
         str,
         typer.Option(metavar="A,B,…", help="Objectives, in turn (default: the model's own)."),
     ] = "",
+    support: Annotated[
+        str,
+        typer.Option(metavar="positive|interval|simplex|LOW,HIGH", help="Where the rows lie."),
+    ] = "",
+    optional_context: Annotated[
+        bool,
+        typer.Option(
+            "--optional-context",
+            help="Learn the density without context too, for guidance.",
+        ),
+    ] = False,
     double: Annotated[
         bool, typer.Option("--double", help="Compute in double precision (float64).")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from where a fit with this --out was stopped."),
     ] = False,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -135,6 +156,7 @@ def fit_command(
     """Fit one model and write a run folder.
 
     A tenth of the rows is held out: the best weights on them are kept, and their mean is reported.
+    With --resume, steps and seconds count from the first start.
     """
     found = resolve(
         data,
@@ -142,11 +164,20 @@ def fit_command(
         context_columns=listed(context_columns),
         drop_missing=drop_missing,
         dequantize=dequantize,
+        key=key,
         seed=seed,
     )
     recipe(model, listed(objective))
     parts = split(found, seed=seed, test=False)
     folder = claim(out, RUN)
+    if resume and (folder / SOURCE).exists() and read_source(folder) != parts.source:
+        raise DataError(f"{out} holds a fit to other data, columns or --seed: nothing to resume")
+    write_source(folder, parts.source)
+    arguments: dict[str, Any] = {}
+    if support:
+        arguments["support"] = _ends(support)
+    if optional_context:
+        arguments["optional_context"] = True
     flow, history = train(
         model,
         parts,
@@ -158,6 +189,9 @@ def fit_command(
         batch_size=batch_size,
         lr=lr,
         objectives=listed(objective),
+        arguments=arguments,
+        out=folder,
+        resume=resume,
     )
     row = measure(model, flow, history, parts)
     tested = "test points" if parts.truth is not None else "validation rows"
@@ -168,3 +202,16 @@ def fit_command(
     typer.echo(f"written: {folder}")
     if history.stopped == "interrupted":
         raise typer.Exit(130)
+
+
+def _ends(support: str) -> str | tuple[float, float]:
+    """A support's name, or its two ends.
+
+    >>> _ends("simplex"), _ends("0, inf")
+    ('simplex', (0.0, inf))
+    """
+    try:
+        low, high = map(float, support.split(","))
+    except ValueError:
+        return support
+    return low, high

@@ -11,9 +11,10 @@ import typer
 from torch import Tensor
 
 from cnf import plots
-from cnf.cli.app import Device, DropMissing, Seed, app, examples, say, usable
+from cnf.cli.app import Device, DropMissing, Key, Seed, app, examples, say, usable
 from cnf.data import DataError, table, targets, toy
 from cnf.data.table import write_table
+from cnf.objectives import guided
 from cnf.runs import Source, open_run
 from cnf.trial import CHUNK, draw_run
 
@@ -42,6 +43,7 @@ def score_command(
     data: Annotated[str, typer.Argument(help="A table with the run's columns, or a 2-D density.")],
     out: TableFile = Path("scores.csv"),
     drop_missing: DropMissing = False,
+    key: Key = None,
     count: Annotated[
         int, typer.Option("-n", min=2, help="Points to draw, where DATA is a 2-D density.")
     ] = 10_000,
@@ -68,6 +70,7 @@ def score_command(
             columns=source.columns,
             context_columns=source.context_columns or None,
             drop_missing=drop_missing,
+            key=key,
             fitting=False,
         )
         x, context = rows.x, rows.context
@@ -96,6 +99,7 @@ def score_command(
         "cnf sample runs/nsf -n 5000 --out samples.csv",
         "cnf sample runs/by-dose -n 500 --context dose=2.5",
         "cnf sample runs/by-dose -n 1 --context-file patients.csv",
+        "cnf sample runs/guided -n 500 --context dose=2.5 --guidance 2",
     ),
 )
 def sample_command(
@@ -114,13 +118,27 @@ def sample_command(
     temperature: Annotated[
         float, typer.Option(min=0.0, help="Multiplies the spread of the base; 1 is the model.")
     ] = 1.0,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="How often the context counts, of a fit with --optional-context."),
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
-    """Draw samples into a table."""
+    """Draw samples into a table.
+
+    From a fit with --optional-context, without a context: from the density of all rows.
+    """
     fitted = open_run(run, device=usable(device))
     flow, source = fitted.flow, fitted.source
-    given = _context(source, context or [], context_file)
+    given = None
+    if context or context_file or not flow.optional_context:
+        given = _context(source, context or [], context_file)
+    if guidance is not None:
+        try:
+            flow = guided(flow, guidance)
+        except (TypeError, ValueError) as error:
+            raise typer.BadParameter(str(error), param_hint="--guidance") from None
     generator = torch.Generator(flow.device).manual_seed(seed)
     moved = None if given is None else given.to(flow.device, flow.dtype)
     drawn = flow.sample(

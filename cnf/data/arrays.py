@@ -56,7 +56,7 @@ def open_npz(path: Path, key: str | None) -> Source:
         return _from_columns(path, arrays)
     listed = ", ".join(f"{name} {a.shape}" for name, a in arrays.items())
     raise DataError(
-        f"{path} holds several arrays: {listed}; name one in table(path, key=…), or save it alone"
+        f"{path} holds several arrays: {listed}; name one with --key (key=…), or save it alone"
     )
 
 

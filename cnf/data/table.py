@@ -38,6 +38,7 @@ class Table:
         path: the file that the table was read from.
         dropped: how many rows were left out because something in them was missing or infinite.
         dequantized: the columns that noise was added to, each with the noise's width.
+        key: which array of an NPZ file it is; None where there is but one.
     """
 
     x: Tensor
@@ -47,6 +48,7 @@ class Table:
     path: Path
     dropped: int = 0
     dequantized: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    key: str | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -155,6 +157,7 @@ def table(
         path=path,
         dropped=dropped,
         dequantized=dequantized,
+        key=key,
     )
 
 

@@ -174,7 +174,7 @@ def _rows_per_time(rows: int, part: Continuous) -> int:
 
 def _velocity(part: Continuous, t: Tensor, x: Tensor, context: Tensor | None, share: int) -> Tensor:
     """The velocity at rows of x, of which so many in a row share one of the times t."""
-    clock = part.log_end_time.exp()
+    clock = part.clock(x)
     if share == 1:
         return clock * part.field(clock * t, x, context)
     if context is not None:

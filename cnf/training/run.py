@@ -86,6 +86,7 @@ class Stage:
     timetable: Timetable
     stale: int = 0  # validations since the best
     failures: Failures = dataclasses.field(default_factory=Failures)
+    failure: StepFailed | None = None  # the latest
     losses: list[float] = dataclasses.field(default_factory=list)  # not recorded yet
     recorded: float = 0.0  # the progress when losses were last recorded
 
@@ -214,6 +215,9 @@ class Run:
             if not stopped and patience is not None and stage.stale >= patience:
                 stopped = "patience"
             if stopped:
+                # a run in which nothing ever worked is no result, however short it was
+                if stage.failure is not None and history.skipped == history.steps:
+                    self._give_up(stage.failure, stage.updater.lr)
                 break
             # never backwards, also where a validation turns out quicker than the one before
             progress = max(progress, stage.budget.progress(history.steps, elapsed, reserve))
@@ -260,9 +264,8 @@ class Run:
             history.skipped += 1
             self._count(failure.what)
             stage.updater.heal(self.best)
-            # a run in which nothing ever worked is no result, however short it was
-            idle = history.skipped == history.steps and stage.budget.last_step == history.steps
-            if persists or idle or settings.on_failure == "stop":
+            stage.failure = failure
+            if persists or settings.on_failure == "stop":
                 self._give_up(failure, stage.updater.lr * rate)
 
     def _validate(self, stage: Stage, progress: float) -> None:

@@ -275,6 +275,14 @@ class Inverse(Transform):
         """Map x to z by the part's forward."""
         return self.part.forward(x, context, request)
 
+    def trajectory(
+        self, z: Tensor, times: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The part's path to where its inverse takes z, walked from its end to its start."""
+        end = self.part.inverse(z, context, Request(log_det=False)).value
+        known, values = self.part.trajectory(end, (1 - times).flip(0), context)
+        return (1 - known).flip(0), values.flip(0)
+
     def latent_shape(self, event_shape: Sequence[int]) -> tuple[int, ...]:
         """What the part makes of a z of that shape."""
         return self.part.data_shape(event_shape)

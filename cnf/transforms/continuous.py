@@ -58,11 +58,10 @@ class Continuous(Transform):
         self.divergence = divergence or Exact()
         self.solver = solver or Solver()
         self.name = name
-        log_end_time = torch.tensor(math.log(end_time))
+        self.end_time = float(end_time)
+        self.log_end_time: nn.Parameter | None = None
         if trainable_end_time:
-            self.log_end_time = nn.Parameter(log_end_time)
-        else:
-            self.register_buffer("log_end_time", log_end_time)
+            self.log_end_time = nn.Parameter(torch.tensor(math.log(end_time)))
 
     @property
     def exact(self) -> bool:  # type: ignore[override]
@@ -81,11 +80,17 @@ class Continuous(Transform):
         """Integrate from t = 1 to t = 0."""
         return self._outside_graphs(x, (1.0, 0.0), context, request or DEFAULT_REQUEST)
 
+    def clock(self, like: Tensor) -> Tensor:
+        """T, a scalar in the dtype and on the device of ``like``."""
+        if self.log_end_time is None:
+            return like.new_full((), self.end_time)
+        return self.log_end_time.exp()
+
     def trajectory(
         self, z: Tensor, times: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The solution at ``times``, which increase from 0."""
-        clock = self.log_end_time.exp()
+        clock = self.clock(z)
 
         def rhs(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return (clock * self.field(clock * t, state[0], context),)
@@ -116,7 +121,7 @@ class Continuous(Transform):
     ) -> Mapped:
         times = value.new_tensor(span)
         divergence = request.divergence or self.divergence
-        clock = self.log_end_time.exp() * request.clock
+        clock = self.clock(value) * request.clock
         traced = request.log_det or bool(request.costs)
         products = any(cost.needs_products for cost in request.costs)
         noise = None
@@ -178,4 +183,6 @@ class Continuous(Transform):
 
     def extra_repr(self) -> str:
         """What is not a module."""
-        return f"divergence={self.divergence}, solver={self.solver}"
+        learned = ", trainable" if self.log_end_time is not None else ""
+        time = f", end_time={self.end_time}{learned}" if self.end_time != 1 or learned else ""
+        return f"divergence={self.divergence}, solver={self.solver}{time}"

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from cnf.bijections import Exp, FixedAffine, Sigmoid
+from cnf.data.errors import DataError
 from cnf.registry import unknown_name
 from cnf.transforms.base import Chain, Mapped, Request, Transform, compose
 from cnf.transforms.elementwise import Elementwise
@@ -141,12 +142,13 @@ class SupportedStandardize(Standardize):
         """Take mean and standard deviation of what lies behind the support.
 
         Raises:
-            ValueError: if a sample lies outside, there is none or one is not finite.
+            DataError: if a sample lies outside.
+            ValueError: if there is no sample, or one is not finite.
         """
         inner, log_det, _ = self.support.inverse(x)
         outside = log_det == -math.inf
         if bool(outside.any()):
-            raise ValueError(
+            raise DataError(
                 f"{int(outside.sum())} of {outside.numel()} samples lie outside of the flow's "
                 f"support {self.constraint}, its ends included; drop or move them, or build the "
                 "flow with another support"

@@ -135,6 +135,26 @@ def test_a_clock_is_an_end_time():
     torch.testing.assert_close(fast.log_det, flow.transform(z).log_det)
 
 
+def test_the_inverse_walks_the_path_from_its_other_end():
+    torch.manual_seed(0)
+    part = Continuous(cnf.nets.TimeMLP(2, (8,)), solver=cnf.Solver(rtol=1e-9, atol=1e-9)).double()
+    z, times = points(5, 2), torch.tensor([0.0, 0.25, 1.0], dtype=F64)
+    known, values = cnf.Inverse(part).trajectory(z, times)
+    end = part.inverse(z).value
+    there, path = part.trajectory(end, (1 - times).flip(0))
+    torch.testing.assert_close(known, times)
+    torch.testing.assert_close(values[0], z, atol=1e-7, rtol=0)
+    torch.testing.assert_close(values[-1], end, atol=1e-7, rtol=0)
+    torch.testing.assert_close(values[1], path[1], atol=1e-7, rtol=0)
+    assert torch.equal(there, torch.tensor([0.0, 0.75, 1.0], dtype=F64))
+
+
+def test_an_end_time_keeps_its_digits_in_double_precision():
+    transform = Continuous(cnf.nets.TimeMLP(2, (8,)), end_time=0.3).double()
+    assert float(transform.clock(points(1, 2))) == 0.3
+    assert "end_time=0.3" in repr(transform)
+
+
 def test_images_have_an_exact_trace():
     torch.manual_seed(0)
     flow = cnf.ffjord((1, 3, 3), hidden=(3,), solver=TIGHT).double()
