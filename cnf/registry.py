@@ -73,7 +73,7 @@ class Registry(Mapping[str, Entry[T]], Generic[T]):
 
         def decorate(builder: B) -> B:
             name = builder.__name__
-            if name in self._entries:
+            if name in self._entries and not _again(self._entries[name].build, builder):
                 raise ValueError(f"a {self.kind} named {name!r} is registered already")
             signature = inspect.signature(builder)
             for parameter in signature.parameters.values():
@@ -113,6 +113,15 @@ class Registry(Mapping[str, Entry[T]], Generic[T]):
         return len(self._entries)
 
 
+def _again(known: Any, new: Any) -> bool:
+    """Whether both come from one place: a module that is reloaded, or imported twice by a runner.
+
+    A runner may give the second import a name of its own, but not another last part.
+    """
+    modules = [thing.__module__.rpartition(".")[2] for thing in (known, new)]
+    return modules[0] == modules[1] and known.__qualname__ == new.__qualname__
+
+
 def unknown_name(kind: str, name: str, known: Mapping[str, Any]) -> UnknownNameError:
     """The error for a name that is not among ``known``, with the nearest one suggested."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
@@ -130,8 +139,7 @@ def record(cls: type[T]) -> type[T]:
     if not (dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen):  # type: ignore[attr-defined]
         raise TypeError(f"{cls.__name__}: a record is a frozen dataclass")
     known = _RECORDS.get(cls.__name__)
-    # the same class again is a module that was imported twice, as test runners do
-    if known is not None and known.__module__.split(".")[-1] != cls.__module__.split(".")[-1]:
+    if known is not None and not _again(known, cls):
         raise ValueError(f"a record named {cls.__name__!r} is registered already")
     _RECORDS[cls.__name__] = cls
     return cls
