@@ -13,6 +13,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     harness.add_effort(parser)
     parser.add_argument("--part", choices=("steps", "evaluation"), help="only this part")
     parser.add_argument("--batches", type=int, nargs="+", help="batch sizes of the training steps")
-    parser.add_argument("--name", default="continuous", help="of the files of results")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for results")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
     if options.part != "steps":
         for features in [2] if quick else [2, 43, 63]:
             tables += evaluation(features, 512, rounds if features == 2 else max(3, rounds // 3))
-    harness.write(options.name, tables)
+    harness.write("continuous", tables, options.out)
 
 
 # --- a field that has somewhere to go -----------------------------------------------------------
