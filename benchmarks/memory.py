@@ -1,0 +1,123 @@
+"""What a training step keeps for its backward pass, and what scoring a million rows takes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cnf
+from benchmarks import continuous, harness
+
+MODES = ("adjoint", "checkpoint", "backprop")
+BATCH = 512
+MODELS = ("ffjord", "nsf")
+LIMIT = 2.0
+"""Gigabytes that scoring should stay below."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    harness.add_effort(parser)
+    parser.add_argument("--rows", type=int, help="rows to score, a million unless --quick")
+    parser.add_argument("--chunk", type=int, default=10_000, help="rows scored at a time")
+    parser.add_argument("--only", choices=MODELS, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for results")
+
+
+def run(options: argparse.Namespace) -> None:
+    quick = options.effort == "quick"
+    rows = options.rows or (100_000 if quick else 1_000_000)
+    if options.only is not None:  # the process whose memory is measured
+        print(json.dumps(scored(options.only, rows, options.chunk)))
+        return
+    tolerances = (1e-3, 1e-6, 1e-9) if quick else tuple(10.0**-k for k in range(3, 10))
+    steps = harness.table(
+        "Bytes that a training step keeps for its backward pass",
+        [kept_at(tolerance) for tolerance in tolerances],
+        f"ffjord(2), 2–64–64–64–2, {BATCH} points in float64, 8gaussians after 200 steps of "
+        "training; what autograd saves, parameters left out, in MB. `accepted` is the steps of "
+        "the forward solve.",
+    )
+    note = (
+        f"`flow.log_prob(x, chunk={options.chunk})` on {rows:,} rows of two columns, in a process "
+        f"of its own whose peak resident memory is given; the first line's is taken by PyTorch alone."
+    )
+    million = [measured(model, rows, options.chunk) for model in MODELS]
+    empty = {"": "import only", "peak GB": million[0].pop("before GB")}
+    million[1].pop("before GB")
+    harness.write(
+        "memory", [steps, harness.table("Scoring many rows", [empty, *million], note)], options.out
+    )
+
+
+def kept_at(tolerance: float) -> dict[str, Any]:
+    """Megabytes kept in every mode at a tolerance."""
+    field, data = continuous.trained(2)
+    row: dict[str, Any] = {"tolerance": tolerance}
+    for mode in MODES:
+        solver = cnf.Solver(rtol=tolerance, atol=tolerance, gradient=mode, norm="batch")
+        flow = continuous.flow_with(field, solver, torch.float64)
+        size, work = kept(flow, data[:BATCH].double())
+        row |= {"accepted": work.accepted, "NFE": work.forward, mode: size / 1e6}
+    return row
+
+
+def kept(flow: cnf.Flow, x: Tensor) -> tuple[int, Any]:
+    """Bytes that the forward pass of a training step saves besides the parameters, and its work."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in flow.parameters()}
+    storages: dict[int, int] = {}
+    alive = []  # a storage that is freed may give its address to another
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    objective = cnf.MaximumLikelihood(flow, tolerance=None)
+    with (
+        cnf.count_nfe() as work,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        loss = objective(cnf.Batch(x)).total
+    del loss
+    return sum(storages.values()), work
+
+
+def measured(model: str, rows: int, chunk: int) -> dict[str, Any]:
+    """Score rows in a process of its own."""
+    options = ["--only", model, "--rows", str(rows), "--chunk", str(chunk)]
+    command = [sys.executable, "-m", "benchmarks", "memory", *options]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    return {"": model, **found, f"below {LIMIT:g} GB": found["peak GB"] < LIMIT}
+
+
+def scored(model: str, rows: int, chunk: int) -> dict[str, float]:
+    """Score rows in this process."""
+    before = _peak()
+    torch.manual_seed(0)
+    flow = cnf.models[model].build(2)
+    x = torch.randn(rows, 2)
+    start = time.perf_counter()
+    with torch.no_grad():
+        flow.log_prob(x, chunk=chunk)
+    return {"before GB": before, "peak GB": _peak(), "s": time.perf_counter() - start}
+
+
+def _peak() -> float:
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent had when it forked
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
