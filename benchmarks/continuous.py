@@ -177,11 +177,16 @@ def cnf_modes() -> dict[str, cnf.Solver]:
         mode: dataclasses.replace(solver, gradient=mode)
         for mode in ("adjoint", "checkpoint", "backprop")
     }
-    if "compile" in {field.name for field in dataclasses.fields(cnf.Solver)}:
+    for said, options in compilers().items():
         for mode in ("adjoint", "checkpoint"):
-            options: dict[str, Any] = {"gradient": mode, "compile": True}
-            modes[f"{mode}, compiled"] = dataclasses.replace(solver, **options)
+            modes[f"{mode}{said}"] = dataclasses.replace(solver, gradient=mode, **options)
     return modes
+
+
+def compilers() -> dict[str, dict[str, Any]]:
+    """Eager and compiled, as far as ``Solver`` has them: what to call each, and its options."""
+    known = {field.name for field in dataclasses.fields(cnf.Solver)}
+    return {"": {}, **({", compiled": {"compile": True}} if "compile" in known else {})}
 
 
 def ours(field: TimeMLP, x: Tensor, probe: Tensor | None, solver: cnf.Solver) -> Step:
@@ -193,7 +198,7 @@ def ours(field: TimeMLP, x: Tensor, probe: Tensor | None, solver: cnf.Solver) ->
 
     def call() -> Tensor:
         flow.zero_grad()
-        generator = None if probe is None else torch.Generator().manual_seed(0)
+        generator = None if probe is None else torch.Generator(x.device).manual_seed(0)
         loss = objective(cnf.Batch(x), generator=generator).total
         loss.backward()
         return loss.detach()
@@ -342,11 +347,13 @@ def evaluators(field: TimeMLP, data: Tensor) -> Iterator[tuple[str, Entrant]]:
         ffjord.tolerance = tolerance
         return Density(torch.no_grad()(ffjord.log_prob), ffjord.decode)
 
-    def ours_at(tolerance: float) -> Density:
-        return _density(flow_with(field, cnf.Solver(rtol=tolerance, atol=tolerance, norm="batch")))
+    def ours_at(tolerance: float, **options: Any) -> Density:
+        solver = cnf.Solver(rtol=tolerance, atol=tolerance, norm="batch", **options)
+        return _density(flow_with(field, solver))
 
     yield FFJORD, Entrant(plainly, truth, LADDER)
-    yield "cnf", Entrant(ours_at, truth, LADDER)
+    for said, options in compilers().items():
+        yield f"cnf{said}", Entrant(functools.partial(ours_at, **options), truth, LADDER)
     default = _density(flow_with(field, cnf.Solver()))
     yield "cnf, default solver", Entrant(lambda _: default, truth, [cnf.Solver().rtol])
     if harness.installed("zuko"):

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
     )
     note = (
         f"`flow.log_prob(x, chunk={options.chunk})` on {rows:,} rows of two columns, in a process "
-        f"of its own whose peak resident memory is given; the first line's is taken by PyTorch alone."
+        f"of its own whose peak resident memory is given; the first line is PyTorch alone."
     )
     million = [measured(model, rows, options.chunk) for model in MODELS]
     empty = {"": "import only", "peak GB": million[0].pop("before GB")}

@@ -4,8 +4,10 @@ import json
 import time
 
 import pytest
+import torch
 
-from benchmarks import harness
+import cnf
+from benchmarks import continuous, harness, reference
 
 
 def test_a_race_ranks_by_time():
@@ -50,3 +52,88 @@ def test_peers_that_are_missing_are_said(capsys):
     assert harness.installed("torch")
     assert not harness.installed("torch", "no_such_package")
     assert "no_such_package not installed" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def field():
+    torch.manual_seed(0)
+    return cnf.ffjord(3).transform.field
+
+
+@pytest.fixture(scope="module")
+def x():
+    return torch.randn(20, 3, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def truth(field, x):
+    return continuous.ours(field, x.double(), None, continuous.EXACT).look()
+
+
+@pytest.fixture
+def tight(monkeypatch):
+    monkeypatch.setattr(continuous, "TOLERANCE", 1e-6)
+
+
+def differs(found, truth):
+    away = (found.gradient.double() - truth.gradient).norm() / truth.gradient.norm()
+    return max(abs(found.loss - truth.loss), float(away))
+
+
+def test_the_reference_takes_over_a_field(field, x):
+    net = reference.Net(3, continuous.HIDDEN).take(field)
+    for time_ in (0.0, 0.7):
+        t = torch.tensor(time_)
+        assert torch.allclose(net(t, x), field(t, x), atol=1e-6)
+
+
+@pytest.mark.usefixtures("tight")
+def test_ffjords_method_agrees_with_ours(field, x, truth):
+    found = continuous.plain(field, x, None).look()
+    assert differs(found, truth) < 1e-4
+    assert found.forward > 0
+    assert found.backward > 0
+    for solver in continuous.cnf_modes().values():
+        assert differs(continuous.ours(field, x, None, solver).look(), truth) < 1e-4
+
+
+@pytest.mark.usefixtures("tight")
+def test_probes_are_shared(field, x):
+    t = torch.ones(())
+    probe = cnf.Hutchinson().draw(field, t, x, None, torch.Generator().manual_seed(0))[0]
+    ours = continuous.ours(field, x.double(), probe, continuous.EXACT).look()
+    assert differs(continuous.plain(field, x, probe).look(), ours) < 1e-4
+
+
+def test_the_reference_samples_what_it_scores(field, x):
+    flow = reference.FFJORD(3, tolerance=1e-6)
+    flow.net.take(field)
+    ours = continuous.flow_with(field, cnf.Solver())
+    assert torch.allclose(flow.decode(x), ours.decode(x), atol=1e-4)
+    assert flow.sample(5).shape == (5, 3)
+
+
+def test_a_trainable_end_time_has_a_gradient(x):
+    flow = reference.FFJORD(3, (8,), end_time=0.5)
+    flow.log_prob(x).mean().backward()
+    assert flow.root_time.grad != 0
+
+
+def test_zuko_agrees(field, x, truth):
+    pytest.importorskip("zuko")
+    assert differs(continuous.zuko_step(field, x).look(), truth) < 1e-3
+
+
+def test_the_net_in_jax_agrees(field, x, monkeypatch):
+    pytest.importorskip("diffrax")
+    from benchmarks import peers_jax
+
+    with torch.no_grad():
+        velocity, divergence = field.trace(torch.tensor(0.3), x, None)
+    parameters = peers_jax.parameters_of(field)
+    assert len(peers_jax.flatten(parameters)) == sum(p.numel() for p in field.parameters())
+    for unrolled in (0, 4):
+        monkeypatch.setattr(peers_jax, "UNROLLED", unrolled)
+        found = peers_jax.exact(parameters, 0.3, x.numpy())
+        assert torch.allclose(torch.tensor(found[0].tolist()), velocity, atol=1e-5)
+        assert torch.allclose(torch.tensor(found[1].tolist()), divergence, atol=1e-5)

@@ -1,0 +1,143 @@
+"""Continuous flows on a CUDA device: training steps and densities of the 2-D and the 63-D net."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cnf
+from benchmarks import continuous, harness, reference
+from benchmarks.continuous import EXACT, FFJORD, HIDDEN, TOLERANCE, Step
+from cnf.nets import TimeMLP
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    harness.add_effort(parser)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--batch", type=int, default=10_000)
+    parser.add_argument("--features", type=int, nargs="+", default=[2, 63])
+    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for results")
+
+
+def run(options: argparse.Namespace) -> None:
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("python -m benchmarks gpu needs a CUDA device, and PyTorch sees none here")
+    rounds = {"quick": 3, "usual": 10, "full": 30}[options.effort]
+    tables = []
+    for features in options.features:
+        field, data = continuous.trained(features)
+        field, x = field.to(device), data[: options.batch].to(device)
+        tables.append(training_steps(field, x, rounds))
+        tables.append(densities(field, x, rounds))
+        field.cpu()  # it is kept for whoever asks again
+    harness.write("gpu", tables, options.out)
+
+
+def training_steps(field: TimeMLP, x: Tensor, rounds: int) -> dict[str, Any]:
+    """Everyone's likelihood training step, with the memory that it takes."""
+    truth = continuous.ours(field, x.double(), None, EXACT).look()
+    calls, notes = {}, {}
+    for name, step in everyone(field, x):
+        start = time.perf_counter()
+        step.call()
+        wait(x)
+        first = time.perf_counter() - start
+        found = step.look()
+        error = (found.gradient.double() - truth.gradient).norm() / truth.gradient.norm()
+        notes[name] = {
+            "NFE": found.forward,
+            "NFE backward": found.backward,
+            "loss error": abs(found.loss - truth.loss),
+            "gradient error": float(error),
+            "peak MB": peak(step.call, x),
+            "first call s": first,
+        }
+        calls[name] = step.call
+        harness.say(f"D = {field.features}, {name}: first call {first:.1f} s")
+    return _table("Likelihood training step", calls, notes, field, x, rounds)
+
+
+def densities(field: TimeMLP, x: Tensor, rounds: int) -> dict[str, Any]:
+    """Everyone's log-densities at one tolerance, with their errors."""
+    exact = continuous.flow_with(field, EXACT, torch.float64).to(x.device)
+    calls, notes = {}, {}
+    with torch.no_grad():
+        truth = exact.log_prob(x.double())
+    for name, log_prob in scorers(field):
+        scored = torch.no_grad()(lambda log_prob=log_prob: log_prob(x))
+        error = (scored().double() - truth).abs().quantile(0.99)
+        notes[name] = {"error": float(error), "peak MB": peak(scored, x)}
+        calls[name] = scored
+        harness.say(f"D = {field.features}, {name}: log_prob")
+    return _table("Log-density with exact trace", calls, notes, field, x, rounds)
+
+
+def _table(
+    title: str,
+    calls: dict[str, Callable[[], object]],
+    notes: dict[str, dict[str, Any]],
+    field: TimeMLP,
+    x: Tensor,
+    rounds: int,
+) -> dict[str, Any]:
+    rows = harness.race(calls, FFJORD, rounds, synchronize=lambda: wait(x))
+    shape = "–".join(map(str, (field.features, *HIDDEN, field.features)))
+    return harness.table(
+        f"{title}, D = {field.features}, batch {len(x):,}, {x.device.type}",
+        [{**row.cells(), **notes[row.name]} for row in rows],
+        f"{shape} concatsquash tanh, exact divergence, float32, dopri5 at {TOLERANCE:g}, {rounds} "
+        "rounds. Errors against float64 at 1e-10; of log-densities the 99th percentile.",
+    )
+
+
+def everyone(field: TimeMLP, x: Tensor) -> Iterator[tuple[str, Step]]:
+    """All who train; diffrax is left to the CPU, where both have the same compiler's host."""
+    yield FFJORD, continuous.plain(field, x, None)
+    for mode, solver in continuous.cnf_modes().items():
+        yield f"cnf {mode}", continuous.ours(field, x, None, solver)
+    if harness.installed("zuko"):
+        yield "zuko's solver", continuous.zuko_step(field, x)
+
+
+def scorers(field: TimeMLP) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    """All who score, and how."""
+    device = next(field.parameters()).device
+    plain = reference.FFJORD(field.features, HIDDEN, tolerance=TOLERANCE).to(device)
+    plain.net.take(field)
+    yield FFJORD, plain.log_prob
+    solver = cnf.Solver(rtol=TOLERANCE, atol=TOLERANCE, norm="batch")
+    for mode, option in continuous.compilers().items():
+        flow = continuous.flow_with(field, dataclasses.replace(solver, **option)).to(device)
+        yield f"cnf{mode}", flow.log_prob
+    if harness.installed("zuko"):
+        from benchmarks.peers_zuko import ZukoSolver
+
+        net = reference.Net(field.features, HIDDEN).to(device).take(field)
+        yield "zuko's solver", ZukoSolver(net, TOLERANCE).log_prob
+
+
+def peak(call: Callable[[], object], x: Tensor) -> float | None:
+    """The most memory that a call holds on its device beyond what was there before, in MB."""
+    if x.device.type != "cuda":
+        return None
+    wait(x)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    wait(x)
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def wait(x: Tensor) -> None:
+    """Until the device is done."""
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)
