@@ -98,16 +98,18 @@ class Affine(ScalarMap):
     def forward(self, z: Tensor, parameters: Tensor) -> Pair:
         """z·exp(s) + b."""
         self.check(parameters)
-        log_scale = self.log_scale(parameters[..., 1])
-        x = z * torch.exp(log_scale) + parameters[..., 0]
+        shift, raw = parameters.unbind(-1)
+        log_scale = self.log_scale(raw)
+        x = torch.addcmul(shift, z, torch.exp(log_scale))
         return x, log_scale.expand_as(x)
 
     def inverse(self, x: Tensor, parameters: Tensor) -> Pair:
         """(x − b)·exp(−s)."""
         self.check(parameters)
-        log_scale = self.log_scale(parameters[..., 1])
-        z = (x - parameters[..., 0]) * torch.exp(-log_scale)
-        return z, -log_scale.expand_as(z)
+        shift, raw = parameters.unbind(-1)
+        log_derivative = -self.log_scale(raw)
+        z = (x - shift) * torch.exp(log_derivative)
+        return z, log_derivative.expand_as(z)
 
 
 def soft_bound(raw: Tensor, bound: float, form: str = "tanh") -> Tensor:

@@ -50,12 +50,12 @@ class Autoregressive(Transform):
         self._check(z)
         terms: list[Tensor] = []
 
-        def step(indices: Tensor, parameters: Tensor) -> Tensor:
-            value, term = self.scalar_map.forward(z.index_select(-1, indices), parameters)
+        def step(part: Tensor, parameters: Tensor) -> Tensor:
+            value, term = self.scalar_map.forward(part, parameters)
             terms.append(term)
             return value
 
-        x = self.made.autoregress(step, z.shape[:-1], context, z)
+        x = self.made.autoregress(step, z, context)
         return Mapped(x, torch.cat(terms, -1).sum(-1), {})
 
     def inverse(
