@@ -49,8 +49,9 @@ class LipSwish(nn.Module):
     def with_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The value and the derivative at every entry."""
         scaled = softplus(self.beta) * z
-        gate = torch.sigmoid(scaled) / 1.1
-        return z * gate, gate * (1 + scaled * torch.sigmoid(-scaled))
+        open_ = torch.sigmoid(scaled)
+        gate = open_ / 1.1
+        return z * gate, gate * (1 + scaled * (1 - open_))
 
 
 def contraction_activation(name: str) -> nn.Module:
@@ -154,13 +155,22 @@ class Prepared:
             x = x if activate is None else activate(x)
         return x
 
-    def push(self, x: Tensor, tangents: Tensor) -> Tensor:
-        """∂g/∂x times every tangent of ``(k, *batch, *event)``."""
-        layers = zip(self.maps, self.biases, self.activations, strict=False)
-        for apply, bias, activate in layers:
+    def linearize(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """g(x), and the function that multiplies tangents by ∂g/∂x there.
+
+        Tangents are ``(k, *batch, *event)``, or broadcast against that.
+        """
+        slopes: list[Tensor] = []
+        for apply, bias, activate in zip(self.maps, self.biases, self.activations, strict=False):
             x, slope = _with_slope(activate, apply(x) + bias)
-            tangents = apply(tangents) * slope
-        return self.maps[-1](tangents)
+            slopes.append(slope)
+
+        def push(tangents: Tensor) -> Tensor:
+            for apply, slope in zip(self.maps, slopes, strict=False):
+                tangents = apply(tangents) * slope
+            return self.maps[-1](tangents)
+
+        return self.maps[-1](x) + self.biases[-1], push
 
 
 class Contraction(nn.Module, ABC):
@@ -180,8 +190,8 @@ class Contraction(nn.Module, ABC):
     def prepare(self, context: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """The function x ↦ g(x, context), its weights brought under their norms once.
 
-        It may have a method ``push(x, tangents)`` for products with its Jacobian; one that has none
-        is differentiated.
+        It may have a method ``linearize(x)`` that gives g(x) and a function for products with its
+        Jacobian there, as ``Prepared`` has; one that has none is differentiated.
         """
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

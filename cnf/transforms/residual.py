@@ -69,8 +69,8 @@ class ExactLogDet(LogDet):
         event = x.shape[x.dim() - event_dims :]
         n = event.numel()
         eye = torch.eye(n, dtype=x.dtype, device=x.device)
-        basis = eye.reshape(n, *[1] * (x.dim() - event_dims), *event).expand(n, *x.shape)
-        columns = _products(g, x, basis).flatten(x.dim() - event_dims + 1)
+        basis = eye.reshape(n, *[1] * (x.dim() - event_dims), *event)
+        columns = _at(g, x).push(basis).expand(n, *x.shape).flatten(x.dim() - event_dims + 1)
         return torch.linalg.slogdet(columns.movedim(0, -1) + eye).logabsdet.unsqueeze(0)
 
 
@@ -241,8 +241,11 @@ class Residual(Transform):
             InversionError: if it has not converged after ``max_iterations``.
         """
         g = self.net.prepare(context)
+        solve = self._fixed_point
+        if torch.compiler.is_dynamo_compiling():  # its length depends on the values
+            solve = torch.compiler.disable(solve)
         with torch.no_grad():
-            x = self._fixed_point(lambda x: z - g(x), z.detach())
+            x = solve(lambda x: z - g(x), z.detach())
         if torch.is_grad_enabled():
             x = self._attach(g, z, x)
         log_det, costs = self._log_det(g, x, request)
@@ -253,6 +256,8 @@ class Residual(Transform):
     ) -> Mapped:
         """Map x to z = x + g(x)."""
         g = self.net.prepare(context)
+        if request is None or request.log_det:
+            g = _At(g, x)
         log_det, costs = self._log_det(g, x, request)
         return Mapped(x + g(x), log_det, costs)
 
@@ -346,28 +351,49 @@ def _series(
     batch_dims = x.dim() - event_dims
     table = torch.tensor(weights, dtype=x.dtype, device=x.device)
     differentiate = torch.is_grad_enabled()
+    at = _at(g, x)
     with torch.set_grad_enabled(differentiate and not neumann):
         image, summed = probes, torch.zeros_like(probes)
         value = x.new_zeros(probes.shape[: 1 + batch_dims])
         for k, weight in enumerate(table, start=1):
             weight = (-1) ** (k + 1) * weight
             summed = summed + weight.reshape(-1, *[1] * x.dim()) * image
-            image = _products(g, x, image)
+            image = at.push(image)
             value = value + weight.reshape(-1, *[1] * batch_dims) / k * inner(
                 probes, image, event_dims
             )
     if not (differentiate and neumann):
         return value
-    gradient = inner(probes, _products(g, x, summed), event_dims)
+    gradient = inner(probes, at.push(summed), event_dims)
     return value + gradient - gradient.detach()
 
 
-def _products(g: Function, x: Tensor, tangents: Tensor) -> Tensor:
-    """∂g/∂x times every tangent, ``(k, *batch, *event)``."""
-    own = getattr(g, "push", None)
-    if own is not None:
-        return own(x, tangents)
-    return push(lambda t, x, context: g(x), x.new_zeros(()), x, None, tangents)[1]
+class _At:
+    """A function g at one point x: its value and its Jacobian's products, all from one pass."""
+
+    def __init__(self, g: Function, x: Tensor):
+        linearize = getattr(g, "linearize", None)
+        if linearize is not None:
+            self.value, self.push = linearize(x)
+        else:
+            self.value, self.push = g(x), self._differentiated(g, x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The value at the one point."""
+        return self.value
+
+    @staticmethod
+    def _differentiated(g: Function, x: Tensor) -> Function:
+        def products(tangents: Tensor) -> Tensor:
+            tangents = tangents.expand(len(tangents), *x.shape)
+            return push(lambda t, x, context: g(x), x.new_zeros(()), x, None, tangents)[1]
+
+        return products
+
+
+def _at(g: Function, x: Tensor) -> _At:
+    """G at x, unless it is so already."""
+    return g if isinstance(g, _At) else _At(g, x)
 
 
 def _check_counts(**counts: int) -> None:
