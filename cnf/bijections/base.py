@@ -191,8 +191,10 @@ def invert(
         (2.0, -2.56495)
     """
     tolerance = tolerance_of(target.dtype) if tolerance is None else tolerance
+    # a compiler that traces this call stays out of the search, whose length depends on the values
+    search = torch.compiler.disable(_search) if torch.compiler.is_dynamo_compiling() else _search
     with torch.no_grad():
-        root = _search(
+        root = search(
             function, target.detach(), guess, lower, upper, tolerance, max_iterations
         ).detach()
     z = root

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cnf.bijections.affine import soft_bound
 from cnf.bijections.base import Function, NumericMap, Pair
-from cnf.bijections.quadrature import integral
+from cnf.bijections.quadrature import Rule, gauss_legendre, integral
 from cnf.registry import record
 
 
@@ -46,6 +46,7 @@ class UnconstrainedMonotone(NumericMap):
     bound: float = 5.0
     strength: float = 2.0
     frequency: float = 6.0
+    rule: Rule = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.units < 1 or self.nodes < 1:
@@ -57,6 +58,7 @@ class UnconstrainedMonotone(NumericMap):
                 "bound, strength and frequency must be positive, got "
                 f"{self.bound}, {self.strength} and {self.frequency}"
             )
+        object.__setattr__(self, "rule", gauss_legendre(self.nodes))
 
     @property
     def size(self) -> int:
@@ -80,7 +82,7 @@ class UnconstrainedMonotone(NumericMap):
         def mapped(z: Tensor) -> Pair:
             place = (z / bound).clamp(-1, 1)
             end = log_slope(place)
-            value = shift + bound * integral(lambda u: torch.exp(log_slope(u)), place, self.nodes)
+            value = shift + bound * integral(lambda u: torch.exp(log_slope(u)), place, self.rule)
             return value + torch.exp(end) * (z - bound * place), end
 
         return mapped

@@ -11,7 +11,7 @@ from torch.nn.functional import softplus
 
 from cnf.bijections.affine import unit_softplus_offset
 from cnf.bijections.base import Function, NumericMap, Pair
-from cnf.bijections.quadrature import integral
+from cnf.bijections.quadrature import Rule, gauss_legendre, integral
 from cnf.registry import record
 
 
@@ -116,6 +116,7 @@ class SumOfSquares(NumericMap):
     degree: int = 4
     bound: float = 5.0
     min_slope: float = 1e-3
+    rule: Rule = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.polynomials < 1 or self.degree < 0:
@@ -128,6 +129,7 @@ class SumOfSquares(NumericMap):
                 "a sum of squares needs bound > 0 and min_slope between 0 and 1, got "
                 f"bound={self.bound}, min_slope={self.min_slope}"
             )
+        object.__setattr__(self, "rule", gauss_legendre(self.degree + 1))
 
     @property
     def size(self) -> int:
@@ -154,7 +156,7 @@ class SumOfSquares(NumericMap):
         def mapped(z: Tensor) -> Pair:
             place = (z / bound).clamp(-1, 1)
             end = slope(place)
-            value = shift + bound * integral(slope, place, self.degree + 1)
+            value = shift + bound * integral(slope, place, self.rule)
             return value + end * (z - bound * place), torch.log(end)
 
         return mapped
