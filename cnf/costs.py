@@ -91,6 +91,10 @@ class KineticEnergy(Cost):
 class VelocityNorm(Cost):
     """∫ ‖v‖ₚ dt: the path's length for p = 2, the sum of its coordinates' lengths for p = 1.
 
+    For p = 1 the integrand has a kink where a coordinate turns round, and its derivative jumps
+    there: gradient modes agree to what the steps resolve of that, not to the tolerance. Steps that
+    ``Request(costs_in_norm=True)`` chooses see the kink.
+
     Args:
         order: p, 1 or 2.
 
@@ -265,6 +269,7 @@ class HJBResidual(Cost):
     """∫ |∂Φ/∂t - ½‖v‖²| dt for v = -∇Φ, zero where the paths are straight: optimal transport's.
 
     The field has to offer ``potential(t, x, context) -> Φ``, as ``cnf.nets.PotentialField`` does.
+    The integrand has a kink where the residual changes its sign, see ``VelocityNorm``.
 
     Paper: Onken et al., "OT-Flow", AAAI 2021.
     """

@@ -77,7 +77,7 @@ def ffjord(
         field: of vectors: ``"mlp"``, or for wide tables ``"residual"``, with blocks of the width
             that ``hidden`` lists, see ``cnf.nets.ResidualField``.
         conditioning: how time enters the layers, see ``cnf.nets.TimeMLP``, ``cnf.nets.ConvField``.
-        activation: a smooth one: tanh, softplus, silu, sine or gelu.
+        activation: a smooth one: tanh, softplus, silu, sine, gelu, or swish, which is learned.
         strides: of an image's layers, see ``cnf.nets.ConvField``.
         squeeze: let them work on blocks of 2×2 pixels.
         levels: of an image: every level but the last has blocks before and after a squeeze, and
@@ -196,7 +196,7 @@ def rnode(
         blocks: how many continuous flows one after the other.
         normalization: between them, as in ``ffjord``.
         conditioning: how time enters the layers.
-        activation: a smooth one: tanh, softplus, silu, sine or gelu.
+        activation: a smooth one: tanh, softplus, silu, sine, gelu, or swish, which is learned.
         levels: of an image, as in ``ffjord``.
         dequantize: ``"none"`` for continuous x; ``"uniform"`` or ``"variational"`` for integers.
         bins: the integers are 0, …, bins - 1.

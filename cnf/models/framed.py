@@ -18,6 +18,14 @@ KEYWORDS = """\
     optional_context: NaN may stand for a context that is not given, and so may none at all;
         training drops some, and ``cnf.guided`` exaggerates the others."""
 
+OPTIONS = [
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+    for name, default, kind in (
+        ("support", None, "str | tuple[float, float] | None"),
+        ("optional_context", False, "bool"),
+    )
+]
+
 
 def framed(builder: Callable[..., Flow]) -> Callable[..., Flow]:
     """Give a builder of flows the keywords ``support`` and ``optional_context``.
@@ -71,10 +79,9 @@ def framed(builder: Callable[..., Flow]) -> Callable[..., Flow]:
             encoder=OptionalContext() if optional_context else None,
         )
 
-    own = inspect.signature(build, follow_wrapped=False).parameters
-    parameters = [*inspect.signature(builder).parameters.values()]
-    parameters += [own["support"], own["optional_context"]]
-    build.__signature__ = inspect.Signature(parameters, return_annotation="Flow")  # type: ignore[attr-defined]
+    own = inspect.signature(builder)
+    parameters = [*own.parameters.values(), *OPTIONS]
+    build.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     head, args, rest = inspect.cleandoc(builder.__doc__ or "").partition("\nArgs:\n")
     listed, end, rest = rest.partition("\n\n")
     build.__doc__ = f"{head}{args}{listed}\n{KEYWORDS}{end}{rest}" if args else head

@@ -206,4 +206,4 @@ class ConditionedMLP(TimeMLP):
 
     def extra_repr(self) -> str:
         """What distinguishes this field."""
-        return f"{self.layers.sizes}, by={self.by!r}, activation={self.activation!r}"
+        return f"{self.layers.sizes}, by={self.by!r}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cnf.nets.fields import SMOOTH, Field
+from cnf.nets.fields import Field, Smooth
 from cnf.registry import unknown_name
 
 SIZE = 3
@@ -244,7 +244,7 @@ class ConvField(Field):
             them; together they must come back to the image's size. None means 1 for all.
         squeeze: let the layers work on blocks of 2×2 pixels as four times the channels.
         conditioning: ignore, concat, concat_v2, squash, concatsquash, concatcoord, hyper or blend.
-        activation: tanh, softplus, silu, sine or gelu.
+        activation: tanh, softplus, silu, sine, gelu or swish, whose sharpness is learned.
         context_features: size of the context, 0 for none.
 
     Paper: Grathwohl et al., "FFJORD", ICLR 2019.
@@ -272,15 +272,13 @@ class ConvField(Field):
         super().__init__()
         if conditioning not in TIME_CONVS:
             raise unknown_name("time conditioning", conditioning, TIME_CONVS)
-        if activation not in SMOOTH:
-            raise unknown_name("smooth activation", activation, SMOOTH)
         strides = tuple(strides or [1] * (len(hidden) + 1))
         if len(strides) != len(hidden) + 1 or strides.count(2) != strides.count(-2):
             raise ValueError(
                 f"strides needs one number for each of the {len(hidden) + 1} layers and as many "
                 f"halvings (2) as doublings (-2), got {strides}"
             )
-        self.channels, self.activation, self.squeeze = channels, activation, squeeze
+        self.channels, self.activation, self.squeeze = channels, Smooth(activation), squeeze
         ends = channels * 4 if squeeze else channels
         self.layers = nn.ModuleList(
             TIME_CONVS[conditioning](*pair, stride=stride, context_features=context_features)
@@ -322,7 +320,7 @@ class ConvField(Field):
             u = None if u is None else squeezed(u)
         for i, layer in enumerate(self.layers):
             if i:
-                x, slope = SMOOTH[self.activation](x)
+                x, slope = self.activation(x)
                 if u is not None:
                     u = (u.unflatten(0, (count, -1)) * slope).flatten(0, 1)
             affine = layer.at(t, x, context)  # type: ignore[operator]
@@ -337,7 +335,7 @@ class ConvField(Field):
 
     def extra_repr(self) -> str:
         """What distinguishes this field."""
-        return f"activation={self.activation!r}, squeeze={self.squeeze}"
+        return f"squeeze={self.squeeze}"
 
 
 def pixels(channels: Tensor) -> Tensor:

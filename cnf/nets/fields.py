@@ -68,6 +68,42 @@ VALUES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Smooth(nn.Module):
+    """An activation with its slope, by name: one of ``SMOOTH``, or ``"swish"``, h σ(β h).
+
+    The β of swish is learned, and every object has its own: no two networks share it.
+
+    Example:
+        >>> import torch
+        >>> value, slope = Smooth("swish")(torch.tensor(0.0))
+        >>> value.item(), slope.item()
+        (0.0, 0.5)
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        if name != "swish" and name not in SMOOTH:
+            raise unknown_name("smooth activation", name, {**SMOOTH, "swish": None})
+        self.name = name
+        self.beta = nn.Parameter(torch.ones(())) if name == "swish" else None
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The activation and its slope."""
+        if self.beta is None:
+            return SMOOTH[self.name](h)
+        gate = torch.sigmoid(self.beta * h)
+        y = h * gate
+        return y, gate + self.beta * y * (1 - gate)
+
+    def value(self, h: Tensor) -> Tensor:
+        """The activation alone."""
+        return VALUES[self.name](h) if self.beta is None else h * torch.sigmoid(self.beta * h)
+
+    def extra_repr(self) -> str:
+        """Its name."""
+        return self.name
+
+
 class Field(nn.Module, ABC):
     """A velocity field whose gradients reach its own parameters, x and the context, no others.
 
@@ -95,8 +131,8 @@ class TimeMLP(Field):
         hidden: sizes of the hidden layers.
         conditioning: the kind of layer: ignore, concat, concat_v2, squash, concatsquash,
             concatcoord, hyper or blend.
-        activation: tanh, softplus, silu, sine or gelu; smooth, because solvers are only as good
-            as the field is smooth.
+        activation: tanh, softplus, silu, sine, gelu or swish, see ``Smooth``; smooth, because
+            solvers are only as good as the field is smooth.
         context_features: size of the context, 0 for none.
 
     Paper: Grathwohl et al., "FFJORD", ICLR 2019.
@@ -120,9 +156,7 @@ class TimeMLP(Field):
         super().__init__()
         if conditioning not in TIME_LAYERS:
             raise unknown_name("time conditioning", conditioning, TIME_LAYERS)
-        if activation not in SMOOTH:
-            raise unknown_name("smooth activation", activation, SMOOTH)
-        self.features, self.activation = features, activation
+        self.features, self.activation = features, Smooth(activation)
         self.layers = TIME_LAYERS[conditioning](
             (features, *hidden, features), context_features=context_features
         )
@@ -130,7 +164,7 @@ class TimeMLP(Field):
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The velocity at ``(*batch, features)``."""
         *inner, last = self.layers.at(t, context)
-        activate = VALUES[self.activation]
+        activate = self.activation.value
         for affine in inner:
             x = activate(affine.apply(x))
         return last.apply(x)
@@ -140,7 +174,7 @@ class TimeMLP(Field):
     ) -> tuple[Tensor, Tensor]:
         """The velocity and J·u for tangents u of ``(k, *batch, features)``."""
         *inner, last = self.layers.at(t, context)
-        activate = SMOOTH[self.activation]
+        activate = self.activation
         for affine in inner:
             x, slope = activate(affine.apply(x))
             tangents = affine.linear(tangents) * slope
@@ -149,7 +183,7 @@ class TimeMLP(Field):
     def trace(self, t: Tensor, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """The velocity and tr J at one scalar time, without forming J."""
         *inner, last = self.layers.at(t, context)
-        activate = SMOOTH[self.activation]
+        activate = self.activation
         slopes = []
         for affine in inner:
             x, slope = activate(affine.apply(x))
@@ -159,7 +193,7 @@ class TimeMLP(Field):
 
     def extra_repr(self) -> str:
         """What distinguishes this field."""
-        return f"{self.layers.sizes}, activation={self.activation!r}"
+        return f"{self.layers.sizes}"
 
 
 def trace_of_product(weights: list[Tensor], slopes: list[Tensor]) -> Tensor:

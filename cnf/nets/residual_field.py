@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cnf.nets.fields import SMOOTH, Field
-from cnf.registry import unknown_name
+from cnf.nets.fields import Field, Smooth
 
 
 class FourierTime(nn.Module):
@@ -38,7 +37,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, embedding: int, activation: str):
         super().__init__()
-        self.activation = activation
+        self.activation = Smooth(activation)
         self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
         self.film = nn.Linear(embedding, 2 * width)
         nn.init.zeros_(self.film.weight)
@@ -50,7 +49,7 @@ class Block(nn.Module):
         """Points, and tangents of ``(k, *batch, width)`` if there are any."""
         gain, shift = self.film(embedding).chunk(2, -1)
         gain = 1 + gain
-        y, slope = SMOOTH[self.activation](gain * self.first(h) + shift)
+        y, slope = self.activation(gain * self.first(h) + shift)
         if tangents is not None:
             inner = slope * gain * nn.functional.linear(tangents, self.first.weight)
             tangents = tangents + nn.functional.linear(inner, self.second.weight)
@@ -69,7 +68,7 @@ class ResidualField(Field):
         blocks: how many.
         frequencies: sines and cosines of time.
         embedding: the size of what time and context are turned into.
-        activation: tanh, softplus, silu, sine or gelu.
+        activation: tanh, softplus, silu, sine, gelu or swish, whose sharpness is learned.
         context_features: size of the context, 0 for none.
 
     Example:
@@ -91,9 +90,7 @@ class ResidualField(Field):
         context_features: int = 0,
     ):
         super().__init__()
-        if activation not in SMOOTH:
-            raise unknown_name("smooth activation", activation, SMOOTH)
-        self.features, self.activation = features, activation
+        self.features, self.activation = features, Smooth(activation)
         self.time = FourierTime(frequencies)
         self.embed = nn.Sequential(
             nn.Linear(self.time.outputs + context_features, embedding),
@@ -130,10 +127,10 @@ class ResidualField(Field):
         u = None if tangents is None else nn.functional.linear(tangents, self.enter.weight)
         for block in self.blocks:
             h, u = block(h, u, embedding)
-        y, slope = SMOOTH[self.activation](h)
+        y, slope = self.activation(h)
         pushed = x.new_empty(0) if u is None else nn.functional.linear(slope * u, self.leave.weight)
         return self.leave(y), pushed
 
     def extra_repr(self) -> str:
         """What distinguishes this field."""
-        return f"features={self.features}, activation={self.activation!r}"
+        return f"features={self.features}"

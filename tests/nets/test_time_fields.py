@@ -40,6 +40,9 @@ FIELDS = {
     "potential": lambda: (PotentialField(3, 6, context_features=2), (3,)),
     "potential, deep": lambda: (PotentialField(3, 6, 4, context_features=2), (3,)),
     "potential, low rank": lambda: (PotentialField(3, 6, rank=1, context_features=2), (3,)),
+    "swish": lambda: (TimeMLP(3, (6, 5), context_features=2, activation="swish"), (3,)),
+    "residual, swish": lambda: (ResidualField(3, 6, context_features=2, activation="swish"), (3,)),
+    "conv, swish": conv("concat", activation="swish"),
     **{f"conv, {kind}": conv(kind) for kind in TIME_CONVS},
     "conv, strided": conv("concatsquash", strides=(2, 1, -2)),
     "conv, strided, hyper": conv("hyper", strides=(2, 1, -2)),
@@ -170,6 +173,16 @@ def test_a_potential_in_single_precision_and_far_out():
 def test_fields_that_start_at_rest():
     field = ResidualField(3, 8)
     assert not field(torch.tensor(0.0), torch.ones(2, 3)).any()
+
+
+def test_a_learned_activation_is_each_networks_own():
+    first, second = (TimeMLP(2, (8,), activation="swish") for _ in range(2))
+    with torch.no_grad():
+        first.activation.beta += 1
+    assert second.activation.beta == 1
+    names = [name for name, _ in first.named_parameters() if "activation" in name]
+    assert names == ["activation.beta"]
+    assert all("activation" not in name for name, _ in TimeMLP(2, (8,)).named_parameters())
 
 
 @pytest.mark.parametrize("by", ADAPTERS)
