@@ -20,7 +20,13 @@ IN_MEMORY = 4 * 2**30  # bytes up to which a dataset is read into one tensor
 
 
 class Rows(Protocol):
-    """Rows that batches are taken from."""
+    """Rows that batches are taken from.
+
+    Attributes:
+        weight: None where all rows count alike.
+    """
+
+    weight: Tensor | None
 
     def __len__(self) -> int: ...
 
@@ -34,9 +40,10 @@ class Rows(Protocol):
 class TensorRows:
     """Rows that lie in memory, on the device where they are used."""
 
-    def __init__(self, x: Tensor, context: Tensor | None = None):
+    def __init__(self, x: Tensor, context: Tensor | None = None, weight: Tensor | None = None):
         self.x = x
         self.context = context
+        self.weight = weight
 
     def __len__(self) -> int:
         return len(self.x)
@@ -44,34 +51,38 @@ class TensorRows:
     def batch(self, indices: Tensor) -> Batch:
         """The rows at ``indices``, in that order."""
         indices = indices.to(self.x.device)
-        context = None if self.context is None else self.context.index_select(0, indices)
-        return Batch(self.x.index_select(0, indices), context)
+        parts = (self.x, self.context, self.weight)
+        return Batch(*[None if t is None else t.index_select(0, indices) for t in parts])  # type: ignore[arg-type]
 
     def subset(self, indices: Tensor) -> TensorRows:
         """Only the rows at ``indices``."""
-        part = self.batch(indices)
-        return TensorRows(part.x, part.context)
+        return TensorRows(*self.batch(indices))
 
 
 class DatasetRows:
     """Rows of a map-style dataset that is too large for memory, read when they are needed."""
 
-    def __init__(self, dataset: Dataset[Any], indices: Tensor, shape: Shape):
+    def __init__(
+        self, dataset: Dataset[Any], indices: Tensor, shape: Shape, weight: Tensor | None = None
+    ):
         self.dataset = dataset
         self.indices = indices
         self.shape = shape
+        self.weight = weight  # of the rows of the dataset, whichever of them ``indices`` names
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def batch(self, indices: Tensor) -> Batch:
         """The rows at ``indices``, in that order."""
-        items = [self.dataset[int(i)] for i in self.indices[indices]]
-        return Batch(*self.shape.tensors(*_stack(items, self.shape.context_features > 0)))
+        chosen = self.indices[indices]
+        items = [self.dataset[int(i)] for i in chosen]
+        weight = None if self.weight is None else self.weight[chosen.to(self.weight.device)]
+        return Batch(*self.shape.tensors(*_stack(items, self.shape.context_features > 0)), weight)
 
     def subset(self, indices: Tensor) -> DatasetRows:
         """Only the rows at ``indices``."""
-        return DatasetRows(self.dataset, self.indices[indices], self.shape)
+        return DatasetRows(self.dataset, self.indices[indices], self.shape, self.weight)
 
 
 class Shape:
@@ -129,6 +140,21 @@ class Shape:
             )
         return x, context
 
+    def weights(self, weights: Any, rows: int) -> Tensor:
+        """Weights of so many rows, checked."""
+        weights = self._convert(weights, "column of weights")
+        if tuple(weights.shape) != (rows,):
+            raise ValueError(
+                f"weights must have shape ({rows},), one for each row of the data, got "
+                f"{tuple(weights.shape)}"
+            )
+        if bool((weights < 0).any()) or not bool((weights > 0).any()):
+            raise ValueError(
+                f"weights must not be negative nor all zero, got {weights.min().item():g} to "
+                f"{weights.max().item():g}"
+            )
+        return weights
+
     def _convert(self, values: Any, what: str, optional: bool = False) -> Tensor:
         if not isinstance(values, Tensor):
             array = np.asarray(values)
@@ -153,7 +179,12 @@ class Shape:
 
 
 def training_and_validation(
-    data: Any, context: Any, validation: Any, shape: Shape, generator: torch.Generator
+    data: Any,
+    context: Any,
+    validation: Any,
+    shape: Shape,
+    generator: torch.Generator,
+    weights: Any = None,
 ) -> tuple[Rows, Batch]:
     """The rows to train on, and those to validate on.
 
@@ -164,8 +195,9 @@ def training_and_validation(
             fresh rows from a target.
         shape: what the flow takes.
         generator: where the split, and a target's samples, come from.
+        weights: of the rows of data; rows of weight zero are left out.
     """
-    rows = as_rows(data, context, shape, generator, TARGET_ROWS)
+    rows = as_rows(data, context, shape, generator, TARGET_ROWS, weights)
     if validation is not None:
         held = as_rows(validation, None, shape, generator, VALIDATION_ROWS)
     elif is_target(data):
@@ -192,16 +224,36 @@ def is_target(data: Any) -> bool:
     return callable(getattr(data, "sample", None)) and callable(getattr(data, "log_prob", None))
 
 
-def as_rows(data: Any, context: Any, shape: Shape, generator: torch.Generator, count: int) -> Rows:
+def as_rows(
+    data: Any,
+    context: Any,
+    shape: Shape,
+    generator: torch.Generator,
+    count: int,
+    weights: Any = None,
+) -> Rows:
     """Data of any kind as rows; ``count`` of them are drawn if it is a target."""
+    if weights is not None and is_target(data):
+        raise ValueError("a target's samples have no weights: leave weights=… away")
+    own = data.weight if isinstance(data, Batch) else None
+    if weights is not None and own is not None:
+        raise ValueError("the batch brings its own weights: leave weights=… away")
+    weights = own if weights is None else weights
+    rows = _unweighted(data, context, shape, generator, count)
+    if weights is None:
+        return rows
+    rows.weight = shape.weights(weights, len(rows))
+    return rows.subset(rows.weight.nonzero().squeeze(-1).cpu())
+
+
+def _unweighted(
+    data: Any, context: Any, shape: Shape, generator: torch.Generator, count: int
+) -> TensorRows | DatasetRows:
+    """The rows of data without weights."""
     if isinstance(data, (torch.distributions.Distribution, nn.Module)):
         raise TypeError(
             f"draw the data yourself: a {type(data).__name__} takes no seeded generator, so "
             "pass data.sample((rows,))"
-        )
-    if isinstance(data, Batch) and data.weight is not None:
-        raise ValueError(
-            "fit takes every row alike; weighted rows are for calling an objective on a Batch"
         )
     if is_target(data):
         x = data.sample(count, generator=generator)
@@ -228,7 +280,7 @@ def _context(given: Any, own: Any) -> Any:
     return own if given is None else given
 
 
-def _dataset_rows(dataset: Dataset[Any], shape: Shape) -> Rows:
+def _dataset_rows(dataset: Dataset[Any], shape: Shape) -> TensorRows | DatasetRows:
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(
             f"{type(dataset).__name__} is an iterable dataset, which cannot be split or shuffled "

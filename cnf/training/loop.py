@@ -34,6 +34,7 @@ def fit(
     objective: str | Objective | Sequence[str | Objective] | None = None,
     shares: Sequence[float] | None = None,
     context: Any = None,
+    weights: Any = None,
     validation: Any = None,
     steps: int | None = None,
     seconds: float | None = None,
@@ -72,6 +73,9 @@ def fit(
         shares: how several objectives divide the budget; None takes each objective's own share:
             flow matching has half as much as what follows it.
         context: the context of the data, ``(rows, context_features)``.
+        weights: how much each row of the data counts, ``(rows,)``, not negative; only their ratios
+            matter. A row of weight 2 is one that is there twice, a row of weight 0 is not there.
+            A ``Batch`` may bring them.
         validation: rows to validate on, in any of the forms of ``data``.
         steps: how many optimiser steps to make.
         seconds: how much wall time to train for, validation included.
@@ -143,7 +147,7 @@ def fit(
     order_seed, noise_seed = torch.randint(2**62, (2,), generator=root).tolist()
     like = torch.empty(0, dtype=flow.dtype, device=flow.device)
     shape = Shape(flow.event_shape, flow.context_features, like, flow.optional_context)
-    rows, held = training_and_validation(data, context, validation, shape, root)
+    rows, held = training_and_validation(data, context, validation, shape, root, weights)
     order = Order(len(rows), batch_size, torch.Generator().manual_seed(order_seed))
     noise = torch.Generator(device=flow.device).manual_seed(noise_seed)
 
@@ -151,6 +155,7 @@ def fit(
         "flow": checkpoint.signature(flow.state_dict().items()),
         "seed": seed,
         "number of training rows": len(rows),
+        "weighting of rows": rows.weight is not None,
         "batch size": order.size,
         "sequence of objectives": [name for name, _ in objectives],
     }
@@ -212,7 +217,11 @@ def _initialize(
     flow: Flow, rows: Rows, batch_size: int, noise: torch.Generator, *, standardize: bool
 ) -> None:
     """Fill what the flow takes from data, with the training rows."""
-    many = rows.batch(torch.arange(min(len(rows), STANDARDIZE_ROWS)))
+    count = min(len(rows), STANDARDIZE_ROWS)
+    many = rows.batch(torch.arange(count))
+    if many.weight is not None:  # what looks at rows alike is shown each as often as it counts
+        drawn = torch.multinomial(many.weight, count, replacement=True, generator=noise)
+        many = rows.batch(drawn.cpu())
     if standardize:
         flow.standardize(many.x, many.context)
     few: list[Tensor | None] = [None if t is None else t[:batch_size] for t in many[:2]]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cnf.objectives import Batch
+from cnf.objectives.base import mean
 from cnf.transforms.base import Request
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ class Validator:
         # a bound or an estimate is drawn with the same noise each time, so that validations compare
         noise = torch.Generator(device=flow.device).manual_seed(0)
         found = flow.evaluate(rows.x, rows.context, Request(generator=noise), chunk=CHUNK)
-        return -found.log_prob.double().mean().item()
+        weight = None if rows.weight is None else rows.weight.double()
+        return -mean(found.log_prob.double(), weight).item()
 
 
 class Timetable:
@@ -114,5 +116,5 @@ class Timetable:
 
 
 def _first(rows: Batch, count: int) -> Batch:
-    context = None if rows.context is None else rows.context[:count]
-    return Batch(rows.x[:count], context)
+    parts = [None if tensor is None else tensor[:count] for tensor in rows]
+    return Batch(*parts)  # type: ignore[arg-type]
