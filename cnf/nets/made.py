@@ -277,7 +277,9 @@ class MADE(nn.Module):
         layers = [*self.layers] if self.direct is None else [*self.layers, self.direct]
         shift = self._context_shift(context)
         last = len(self.layers) - 1
-        kind = _Growing if torch.is_grad_enabled() else _Filling
+        # views that are written through do not survive where a compiler cuts its graph
+        in_place = not torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling()
+        kind = _Filling if in_place else _Growing
         # a level takes the features of the level before
         features = [0, *self._counts[:-1]]
         levels = []
