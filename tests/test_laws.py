@@ -17,11 +17,16 @@ from tests.registry import MODELS, SINGLE, TIGHT, TRANSFORMS, Member
 F32, F64 = torch.float32, torch.float64
 
 
-def make(member: Member, dtype: torch.dtype = F64, spread: float | None = None) -> nn.Module:
+def make(
+    member: Member,
+    dtype: torch.dtype = F64,
+    spread: float | None = None,
+    solver: cnf.Solver | None = None,
+) -> nn.Module:
     """Build a member and move its parameters away from where they start."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = member.build(TIGHT if dtype == F64 else SINGLE)
+        module = member.build(solver or (TIGHT if dtype == F64 else SINGLE))
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter += (member.spread if spread is None else spread) * torch.randn_like(
