@@ -59,17 +59,18 @@ class _Growing:
     def __init__(
         self, weight: Tensor, bias: Tensor, units: list[int], inputs: list[int], batch: int
     ):
-        self.weights, self.biases = weight.split(units), bias.split(units)
+        self.units, self.inputs = units, inputs
+        self.weights, self.biases = (rows.split_with_sizes(units) for rows in (weight, bias))
         self.known = weight.new_empty(0, batch)
 
     def __call__(self, level: int, new: Tensor) -> Tensor:
         """Take a level's inputs ``(n, batch)`` and return its units."""
-        if len(new):
+        if self.inputs[level]:
             self.known = torch.cat([self.known, new])
-        weight = self.weights[level]
-        if not len(weight):
+        if not self.units[level]:
             return new[:0]
-        return torch.addmm(self.biases[level], weight[:, : len(self.known)], self.known)
+        weight = self.weights[level][:, : len(self.known)]
+        return torch.addmm(self.biases[level], weight, self.known)
 
 
 class _Filling(_Growing):
@@ -84,13 +85,15 @@ class _Filling(_Growing):
     ):
         super().__init__(weight, bias.expand(-1, batch).clone(), units, inputs, batch)
         self.known = weight.new_zeros(sum(inputs), batch)
-        self.places = self.known.split(inputs)
+        self.places = self.known.split_with_sizes(inputs)
 
     def __call__(self, level: int, new: Tensor) -> Tensor:
         """Take a level's inputs ``(n, batch)`` and return its units."""
-        self.places[level].copy_(new)
-        weight = self.weights[level]
-        return self.biases[level].addmm_(weight, self.known) if len(weight) else new[:0]
+        if self.inputs[level]:
+            self.places[level].copy_(new)
+        if not self.units[level]:
+            return new[:0]
+        return self.biases[level].addmm_(self.weights[level], self.known)
 
 
 class MADE(nn.Module):
@@ -242,10 +245,10 @@ class MADE(nn.Module):
         """
         shape, batch = z.shape[:-1], math.prod(z.shape[:-1])
         layers = self._levels(context, batch)
+        parts = z.index_select(-1, self.order).split_with_sizes(self._counts, -1)
         values: list[Tensor] = []
-        # units are rows here: those that come next lie side by side
         new = z.new_empty(0, batch)
-        for level, part in enumerate(z.index_select(-1, self.order).split(self._counts, -1)):
+        for level, part in enumerate(parts):
             result = self._advance(layers, level, new)
             values.append(step(part, result.t().reshape(*part.shape, self.outputs)))
             new = values[-1].reshape(batch, part.shape[-1]).t()

@@ -103,6 +103,9 @@ class Coupling(Transform):
         split = mask.flatten().int().argsort(stable=True)
         self.register_buffer("split", split)
         self.register_buffer("merge", split.argsort())
+        self.contiguous = self.flipped = False
+        _look(self)
+        self.register_load_state_dict_post_hook(_look)
 
     def forward(
         self, z: Tensor, context: Tensor | None = None, request: Request | None = None
@@ -142,8 +145,10 @@ class Coupling(Transform):
                 f"this coupling was built for {sum(self.sizes)} {kind}, got a tensor of shape "
                 f"{tuple(value.shape)}"
             )
-        left, right = value.index_select(self.axis, self.split).split(self.sizes, self.axis)
-        return left, right
+        if not self.contiguous:
+            value = value.index_select(self.axis, self.split)
+        left, right = value.split(self.sizes[::-1] if self.flipped else self.sizes, self.axis)
+        return (right, left) if self.flipped else (left, right)
 
     def _condition(self, left: Tensor, context: Tensor | None) -> Tensor:
         """The scalar map's parameters, ``(*batch, |B|, size)``, for images ``(…, size)`` too."""
@@ -153,7 +158,8 @@ class Coupling(Transform):
         if parameters.shape == (*batch, *wanted, *pixels):
             return parameters.movedim(self.axis, -1)
         if parameters.shape == (*batch, wanted[0] * wanted[1], *pixels):
-            return parameters.unflatten(self.axis, wanted).movedim(self.axis, -1)
+            parameters = parameters.unflatten(self.axis, wanted)
+            return parameters.movedim(self.axis, -1) if pixels else parameters
         raise ValueError(
             f"the conditioner of a coupling that transforms {wanted[0]} features by "
             f"{self.scalar_map} must return shape {(*batch, wanted[0] * wanted[1], *pixels)}, got "
@@ -162,8 +168,21 @@ class Coupling(Transform):
 
     def _mapped(self, left: Tensor, right: Tensor, terms: Tensor, rest: Mapped | None) -> Mapped:
         """Put the parts together again."""
-        value = torch.cat([left, right], self.axis).index_select(self.axis, self.merge)
+        value = torch.cat([right, left] if self.flipped else [left, right], self.axis)
+        if not self.contiguous:
+            value = value.index_select(self.axis, self.merge)
         log_det = terms.sum(tuple(range(self.axis, 0)))
         if rest is None:
             return Mapped(value, log_det, {})
         return Mapped(value, log_det + rest.log_det, rest.costs)
+
+
+def _look(coupling: Coupling, _: object = None) -> None:
+    """Note whether the parts lie side by side, so that nothing has to be gathered.
+
+    Which features a part has travels with the state, so it is looked at after loading, too.
+    """
+    order, features = coupling.split.tolist(), list(range(sum(coupling.sizes)))
+    second = coupling.sizes[1]
+    coupling.flipped = order == features[second:] + features[:second]
+    coupling.contiguous = coupling.flipped or order == features
