@@ -92,8 +92,8 @@ class VelocityNorm(Cost):
     """∫ ‖v‖ₚ dt: the path's length for p = 2, the sum of its coordinates' lengths for p = 1.
 
     For p = 1 the integrand has a kink where a coordinate turns round, and its derivative jumps
-    there: gradient modes agree to what the steps resolve of that, not to the tolerance. Steps that
-    ``Request(costs_in_norm=True)`` chooses see the kink.
+    there: gradient modes agree to what the steps resolve of that, not to the tolerance. The adjoint
+    is then the nearer one; smaller steps, or ``Request(costs_in_norm=True)``, help the others.
 
     Args:
         order: p, 1 or 2.

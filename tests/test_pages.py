@@ -1,4 +1,4 @@
-"""The pages on coming from other packages and on adding a flow run as they stand."""
+"""The pages' examples run as they stand."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ def test_coming_from(code):
         if f"import {package}" in code or f"from {package}" in code:
             pytest.importorskip(package)
     exec(code, {})
+
+
+def test_continuous_flows():
+    # one tour, each block going on from the ones before
+    exec("\n".join(blocks("continuous.md")), {"__name__": "tour"})
+
+
+def test_images():
+    exec("\n".join(blocks("images.md")), {})
 
 
 def test_adding_a_flow():
