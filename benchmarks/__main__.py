@@ -16,7 +16,10 @@ COMMANDS = {
     "memory": "memory of a training step, and of a million rows",
     "scaling": "cost by batch and by dimension",
     "gpu": "continuous flows on a CUDA device",
+    "images": "bits per dimension of images, and pictures of samples",
+    "rnode": "what path costs save in evaluations, and their price",
     "accuracy": "numerical accuracy of trained flows",
+    "roundtrip": "x to z and back through every model after fitting moons",
     "table": "fit, score and sample a CSV of 5,000 x 6",
 }
 """Each is a module of this package with ``add_arguments(parser)`` and ``run(options)``."""

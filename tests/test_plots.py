@@ -120,3 +120,13 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "cnf\[plot\]"'):
         plots.history([(0.0, 1.0)])
+
+
+def test_panels_of_images_wrap():
+    panels = {name: torch.zeros(3, 1, 2, 2) for name in "abc"}
+    figure = plots.images(panels, columns=2, across=2)
+    shown = [ax for ax in figure.axes if ax.images]
+    assert [ax.get_title() for ax in shown] == ["a", "b", "c"]
+    # two images of 2x2 pixels in a row, each with a line of grey after it
+    assert shown[0].images[0].get_array().shape == (6, 6)
+    assert len(figure.axes) == 4

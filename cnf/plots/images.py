@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 
 def images(
-    panels: Mapping[str, Tensor], *, high: float = 255.0, columns: int = 8, title: str = ""
+    panels: Mapping[str, Tensor],
+    *,
+    high: float = 255.0,
+    columns: int = 8,
+    title: str = "",
+    across: int | None = None,
 ) -> Figure:
     """A panel of images for every entry, under its name.
 
@@ -25,11 +30,16 @@ def images(
         high: the value that is drawn white (or in full colour); 0 is black.
         columns: images in a row of a panel.
         title: of the whole figure.
+        across: panels beside each other; None puts all in one row.
     """
     rows = max(math.ceil(len(values) / columns) for values in panels.values())
-    figure = canvas.new(3.0 * len(panels), 3.0 * rows / columns + 0.7)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for one, (name, values) in zip(axes, panels.items(), strict=True):
+    across = min(across or len(panels), len(panels))
+    down = math.ceil(len(panels) / across)
+    figure = canvas.new(3.0 * across, (3.0 * rows / columns + 0.35) * down + 0.35)
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for empty in axes[len(panels) :]:
+        empty.set_axis_off()
+    for one, (name, values) in zip(axes, panels.items(), strict=False):
         one.imshow(_tiles(values / high, columns).numpy(), cmap="gray", vmin=0, vmax=1)
         one.set_title(name, fontsize=10)
         one.set_axis_off()

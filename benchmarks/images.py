@@ -1,0 +1,124 @@
+"""Flows of images: bits per dimension after the same seconds, and a picture of samples.
+
+The 8×8 digits of scikit-learn, or MNIST from an NPZ file with arrays ``train`` and ``test`` of
+shape (N, 784), uint8. Pixels are dequantised uniformly: the bits are an upper bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cnf
+from benchmarks import harness
+from cnf import plots
+
+Shape = tuple[int, ...]
+
+# at so loose a tolerance the adjoint's second solve costs more than its memory is worth
+SOLVER = cnf.Solver(rtol=1e-5, atol=1e-5, gradient="backprop")
+MODELS: dict[str, Callable[[Shape, int], cnf.Flow]] = {
+    "glow": lambda shape, bins: cnf.glow(shape, hidden=(32, 32), dequantize="uniform", bins=bins),
+    "realnvp": lambda shape, bins: cnf.realnvp(
+        shape, hidden=(32, 32), layers=6, dequantize="uniform", bins=bins
+    ),
+    "flowpp": lambda shape, bins: cnf.flowpp(
+        shape, hidden=(32,), heads=2, components=4, dequantize="uniform", bins=bins
+    ),
+    "ffjord": lambda shape, bins: cnf.ffjord(
+        shape,
+        hidden=(16, 16),
+        levels=2,
+        conditioning="concat",
+        activation="softplus",
+        dequantize="uniform",
+        bins=bins,
+        divergence=cnf.Hutchinson(),
+        solver=SOLVER,
+    ),
+}
+EXACT_PIXELS = 64
+"""Images of more get their trace from a probe: unbiased, and counted in the standard error."""
+SHOWN = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mnist", type=Path, help="an NPZ file with train and test, flat uint8")
+    parser.add_argument("--seconds", type=float, default=150.0, help="of training, for each model")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--test", type=int, default=1000, help="held-out images to score")
+    parser.add_argument("--name", help="of the files written; images-digits or images-mnist")
+    parser.add_argument("--pictures", type=Path, default=Path("docs"))
+
+
+def run(options: argparse.Namespace) -> None:
+    train, test, bins = load(options.mnist)
+    test = test[: options.test]
+    data = "digits" if options.mnist is None else "MNIST"
+    name = options.name or f"images-{data.lower()}"
+    title = f"{data}, {options.seconds:g} s of training each"
+    note = (
+        f"Batches of {options.batch}; bits per dimension of {len(test)} held-out images, an upper "
+        "bound (uniform dequantisation)."
+    )
+    rows: list[dict[str, Any]] = []
+    cool, warm = {"held out": test[:SHOWN]}, {"others held out": test[SHOWN : 2 * SHOWN]}
+    for model in options.models:
+        row, samples = measure(model, train, test, bins, options.seconds, options.batch)
+        rows.append(row)
+        harness.write(name, [harness.table(title, rows, note)])
+        cool[f"{model}, temperature 0.7"], warm[f"{model}, temperature 1"] = samples
+        picture = plots.images({**cool, **warm}, high=bins - 1, columns=4, across=len(cool))
+        plots.write(picture, options.pictures / f"{name}.png")
+
+
+def load(mnist: Path | None) -> tuple[Tensor, Tensor, int]:
+    """Images to train and to test on, and how many values a pixel has."""
+    if mnist is not None:
+        train, test = (cnf.data.images(mnist, key=k, shape=(28, 28)) for k in ("train", "test"))
+        return train, test, 256
+    x = cnf.data.digits()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    return x[order[300:]], x[order[:300]], 17
+
+
+def measure(
+    model: str, train: Tensor, test: Tensor, bins: int, seconds: float, batch: int
+) -> tuple[dict[str, Any], list[Tensor]]:
+    """Train one model, score it, draw samples."""
+    torch.manual_seed(0)
+    shape = tuple(train.shape[1:])
+    flow = MODELS[model](shape, bins)
+    start = time.process_time()
+    history = cnf.fit(flow, train[128:], validation=train[:128], seconds=seconds, batch_size=batch)
+    spent = time.process_time() - start
+    continuous = any(isinstance(part, cnf.Continuous) for part in flow.modules())
+    exact = not continuous or shape[-1] * shape[-2] <= EXACT_PIXELS
+    noise = torch.Generator().manual_seed(1)
+    request = cnf.Request(divergence=cnf.Exact() if exact else None, generator=noise)
+    with torch.no_grad():
+        found = flow.evaluate(test, request=request, chunk=100)
+    bits = cnf.bits_per_dimension(found.log_prob, shape)
+    samples = [
+        flow.sample((SHOWN,), temperature=temperature, generator=noise)
+        for temperature in (0.7, 1.0)
+    ]
+    row = {
+        "model": model,
+        "parameters": sum(p.numel() for p in flow.parameters()),
+        "steps": history.steps,
+        "seconds": history.seconds,
+        "CPU seconds": spent,
+        "NFE": history.nfe,
+        "bits/dim": bits.mean().item(),
+        "± (standard error)": bits.std().item() / len(bits) ** 0.5,
+        "trace": "exact" if exact else "estimated",
+    }
+    return row, samples
