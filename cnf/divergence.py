@@ -226,6 +226,10 @@ class Hutchinson(Divergence):
         products: bool = False,
     ) -> Linearization:
         """Evaluate the field and the estimate of its divergence."""
+        quadratic = getattr(field, "quadratic", None)
+        if quadratic is not None and not products:
+            velocity, samples = quadratic(t, x, context, noise)
+            return Linearization(velocity, samples.mean(0), samples)
         velocity, images = push(field, t, x, context, noise)
         samples = inner(noise, images, event_dims(field))
         return Linearization(velocity, samples.mean(0), samples, noise, images, 1 / self.probes)

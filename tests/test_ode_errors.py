@@ -290,7 +290,7 @@ def test_the_fallback_takes_over_with_a_warning(gradient):
 def test_the_fallback_takes_over_in_the_backward_pass():
     x = torch.ones(3, dtype=torch.float64, requires_grad=True)
     solver = Solver(
-        rtol=1e-3, atol=1e-3, adjoint_rtol=1e-11, adjoint_atol=1e-11, max_steps=30, fallback="rk4"
+        rtol=1e-7, atol=1e-7, adjoint_rtol=1e-11, adjoint_atol=1e-11, max_steps=30, fallback="rk4"
     )
     rate = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     with count_nfe() as nfe:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cnf.nets.fields import Field, Smooth
+from cnf.nets.fields import Field
+from cnf.nets.smooth import Smooth
 from cnf.registry import unknown_name
 
 SIZE = 3

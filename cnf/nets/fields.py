@@ -7,101 +7,16 @@ own layers, so that value and tangents go through each layer together and nothin
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from cnf.nets.time import TIME_LAYERS
+from cnf.nets.smooth import Smooth
+from cnf.nets.tangents import fused
+from cnf.nets.time import TIME_LAYERS, Affine
 from cnf.registry import unknown_name
-
-Activation = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-def tanh(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Hyperbolic tangent and its slope."""
-    y = torch.tanh(h)
-    return y, 1 - y.square()
-
-
-def softplus(h: Tensor) -> tuple[Tensor, Tensor]:
-    """log(1 + eʰ) and its slope."""
-    # torch's softplus is cut off at 20, where it would not fit its slope
-    return -nn.functional.logsigmoid(-h), torch.sigmoid(h)
-
-
-def silu(h: Tensor) -> tuple[Tensor, Tensor]:
-    """H σ(h) and its slope."""
-    gate = torch.sigmoid(h)
-    y = h * gate
-    return y, gate + y * (1 - gate)
-
-
-def sine(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Sine and its slope."""
-    return torch.sin(h), torch.cos(h)
-
-
-def gelu(h: Tensor) -> tuple[Tensor, Tensor]:
-    """H Φ(h) and its slope."""
-    normal = 0.5 * (1 + torch.erf(h / math.sqrt(2)))
-    return h * normal, normal + h * torch.exp(-0.5 * h.square()) / math.sqrt(2 * math.pi)
-
-
-SMOOTH: dict[str, Activation] = {
-    "tanh": tanh,
-    "softplus": softplus,
-    "silu": silu,
-    "sine": sine,
-    "gelu": gelu,
-}
-
-#: The same activations without their slopes: what a velocity alone needs.
-VALUES: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "softplus": nn.functional.softplus,
-    "silu": nn.functional.silu,
-    "sine": torch.sin,
-    "gelu": nn.functional.gelu,
-}
-
-
-class Smooth(nn.Module):
-    """An activation with its slope, by name: one of ``SMOOTH``, or ``"swish"``, h σ(β h).
-
-    The β of swish is learned, and every object has its own: no two networks share it.
-
-    Example:
-        >>> import torch
-        >>> value, slope = Smooth("swish")(torch.tensor(0.0))
-        >>> value.item(), slope.item()
-        (0.0, 0.5)
-    """
-
-    def __init__(self, name: str):
-        super().__init__()
-        if name != "swish" and name not in SMOOTH:
-            raise unknown_name("smooth activation", name, {**SMOOTH, "swish": None})
-        self.name = name
-        self.beta = nn.Parameter(torch.ones(())) if name == "swish" else None
-
-    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """The activation and its slope."""
-        if self.beta is None:
-            return SMOOTH[self.name](h)
-        gate = torch.sigmoid(self.beta * h)
-        y = h * gate
-        return y, gate + self.beta * y * (1 - gate)
-
-    def value(self, h: Tensor) -> Tensor:
-        """The activation alone."""
-        return VALUES[self.name](h) if self.beta is None else h * torch.sigmoid(self.beta * h)
-
-    def extra_repr(self) -> str:
-        """Its name."""
-        return self.name
 
 
 class Field(nn.Module, ABC):
@@ -182,7 +97,12 @@ class TimeMLP(Field):
 
     def trace(self, t: Tensor, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """The velocity and tr J at one scalar time, without forming J."""
-        *inner, last = self.layers.at(t, context)
+        layers = self.layers.at(t, context)
+        columns, width, depth = self.features, max(self.layers.sizes[1:-1], default=0), len(layers)
+        if depth > 2 and columns * (depth - 2) <= width * (depth - 3) and self._can_fuse(layers):
+            velocity, trace = self._fused(layers, x, None)
+            return velocity, trace[0]
+        *inner, last = layers
         activate = self.activation
         slopes = []
         for affine in inner:
@@ -190,6 +110,44 @@ class TimeMLP(Field):
             slopes.append(slope)
         weights = [affine.weight for affine in (*inner, last)]
         return last.apply(x), trace_of_product(weights, slopes).expand(x.shape[:-1])
+
+    def quadratic(
+        self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The velocity and uᵀ J u, ``(k, *batch)``, for tangents u without a gradient."""
+        layers = self.layers.at(t, context)
+        if len(layers) > 1 and self._can_fuse(layers):
+            return self._fused(layers, x, tangents)
+        velocity, products = self.push(t, x, context, tangents)
+        return velocity, (products * tangents).sum(-1)
+
+    def _can_fuse(self, layers: list[Affine]) -> bool:
+        """Whether the written-out pass may be taken: not within a transformation of the code."""
+        return (
+            self.activation.beta is None
+            and all(layer.gate is None and layer.weight.dim() == 2 for layer in layers)
+            and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
+        )
+
+    def _fused(
+        self, layers: list[Affine], x: Tensor, tangents: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        batch = x.shape[:-1]
+        shifts = [
+            shift if shift.dim() == 1 else shift.expand(*batch, -1).reshape(-1, shift.shape[-1])
+            for shift in (layer.shift for layer in layers)
+        ]
+        if tangents is not None:
+            tangents = tangents.reshape(tangents.shape[0], -1, tangents.shape[-1])
+        velocity, products = fused(
+            self.activation.name,
+            x.reshape(-1, x.shape[-1]),
+            tangents,
+            [layer.weight for layer in layers],
+            shifts,
+        )
+        return velocity.view(x.shape), products.view(-1, *batch)
 
     def extra_repr(self) -> str:
         """What distinguishes this field."""
@@ -227,3 +185,4 @@ def trace_of_product(weights: list[Tensor], slopes: list[Tensor]) -> Tensor:
         carry = (carry * slope) @ weight.T
     close = close.reshape(close.shape[0], *[1] * (slopes[0].dim() - 1), close.shape[1])
     return ((carry * close).sum(0) * slopes[-1]).sum(-1)
+

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cnf.nets.fields import Field, Smooth
+from cnf.nets.fields import Field
+from cnf.nets.smooth import Smooth
 
 
 class FourierTime(nn.Module):

@@ -73,9 +73,7 @@ class Watch:
 
     def step(self, t0: Tensor | float, state: Tensor | State, dt: Tensor | float) -> None:
         """Check what a step starts from, before it is taken."""
-        size = float(dt)
-        # in a backward pass torchdiffeq counts time in the direction of the forward pass
-        time = float(t0) * (self.sign if self.direction == "backward" else 1.0)
+        size, time = float(dt), float(t0)
         if self.settled and not finite(state):
             what = "the state" if self.direction == "forward" else "the state or its gradient"
             self.fail(NonFiniteState, f"{what} is not finite", time, size)
@@ -89,6 +87,10 @@ class Watch:
         if self.accepted + self.rejected >= self.solver.max_steps + (not self.adaptive):
             what = f"more than max_steps={self.solver.max_steps} steps"
             self._fail_at_limit(TooManySteps, what, time, size)
+
+    def step_back(self, t0: Tensor, state: State, dt: Tensor) -> None:
+        """Check a step of torchdiffeq's adjoint, which counts time as the forward pass does."""
+        self.step(self.sign * t0, state, dt)
 
     def accept(self, t0: Tensor | float, state: Tensor | State, dt: Tensor | float) -> None:
         """Count an accepted step; the state after it is checked when the next one starts."""
@@ -111,7 +113,8 @@ class Watch:
         if self.velocity is not None and not finite(self.velocity):
             self.undefined += 1
         if 2 * self.undefined > self.rejected:
-            kind, what = NonFiniteState, "the velocity is not finite"
+            what = "the velocity is" if self.direction == "forward" else "the gradient is"
+            kind, what = NonFiniteState, f"{what} not finite"
         self.fail(kind, what, time, step)
 
     def fail(
@@ -141,53 +144,74 @@ class Velocity:
         dtype: torch.dtype,
         watch: Watch,
         tracked: Sequence[Tensor],
+        integrals: int = 0,
     ):
         self.rhs = rhs
         self.shapes = shapes
         self.sizes = [shape.numel() for shape in shapes]
+        # the state without what is only integrated, which no velocity depends on
+        self.proper = len(shapes) - integrals
+        self.proper_size = sum(self.sizes[: self.proper])
         self.dtype = dtype
         self.watch = watch
         self.tracked = tracked
         self.unchecked = self.untraced = True
         solver = watch.solver
-        listeners = {
-            "callback_step": watch.step,
-            "callback_accept_step": watch.accept,
-            "callback_reject_step": watch.reject,
-        }
         for method, suffix in ((solver.method, ""), (solver.backward_method, "_adjoint")):
-            told = listeners if method in ADAPTIVE else {"callback_step": watch.step}
+            told = {"callback_step": watch.step_back if suffix else watch.step}
+            if method in ADAPTIVE:
+                told |= {
+                    "callback_accept_step": watch.accept,
+                    "callback_reject_step": watch.reject,
+                }
             for name, listener in ({} if method == SCIPY else told).items():
                 setattr(self, name + suffix, listener)
 
     def __call__(self, t: Tensor, flat: Tensor) -> Tensor:
-        """dy/dt, ``(size,)``."""
-        watch = self.watch
-        watch.nfe += 1
+        """dy/dt of the whole state, ``(size,)``, from the whole state or its proper part."""
         if flat.requires_grad and not torch.is_grad_enabled():
             # a view made now would claim a graph that it does not have, and mislead a field that
             # differentiates by the state
             flat = flat.detach()
-        parts = self.rhs(t, self.split(flat))
-        if self.unchecked:
-            self._check_shapes(parts)
+        parts = self.parts(t, flat)
         if len(parts) == 1:
             velocity = parts[0].reshape(-1)
         else:
             velocity = torch.cat([part.reshape(-1) for part in parts])
+        watch = self.watch
         watch.velocity = velocity
         if watch.every_evaluation:
             watch.evaluated(t, velocity)
-        if self.untraced and watch.direction == "backward":
-            self._check_tracked(t, flat, velocity)
         return velocity
+
+    def parts(self, t: Tensor, flat: Tensor) -> State:
+        """dy/dt of each part of the state."""
+        self.watch.nfe += 1
+        parts = self.rhs(t, self.split_proper(flat[: self.proper_size]))
+        if self.unchecked:
+            self._check_shapes(parts)
+        if self.untraced and self.watch.direction == "backward":
+            self._check_tracked(t, flat, parts)
+        return parts
 
     def split(self, flat: Tensor) -> State:
         """The parts of the state in a flat vector, or in several: ``(*times, size)``."""
-        pieces = flat.split(self.sizes, dim=-1) if len(self.sizes) > 1 else (flat,)
+        return self._cut(flat, 0, len(self.shapes))
+
+    def split_proper(self, flat: Tensor) -> State:
+        """The parts of the proper state."""
+        return self._cut(flat, 0, self.proper)
+
+    def split_integrals(self, flat: Tensor) -> State:
+        """The integrals, which lie behind the proper state."""
+        return self._cut(flat, self.proper, len(self.shapes))
+
+    def _cut(self, flat: Tensor, start: int, end: int) -> State:
+        sizes, shapes = self.sizes[start:end], self.shapes[start:end]
+        pieces = flat.split(sizes, dim=-1) if len(sizes) != 1 else (flat,)
         ahead = flat.shape[:-1]
         return tuple(
-            piece.view(ahead + shape) for piece, shape in zip(pieces, self.shapes, strict=True)
+            piece.view(ahead + shape) for piece, shape in zip(pieces, shapes, strict=True)
         )
 
     def _check_shapes(self, parts: State) -> None:
@@ -204,7 +228,7 @@ class Velocity:
                 f"{[part.dtype for part in parts]}; move the field to it, e.g. flow.to(dtype)"
             )
 
-    def _check_tracked(self, t: Tensor, flat: Tensor, velocity: Tensor) -> None:
+    def _check_tracked(self, t: Tensor, flat: Tensor, parts: State) -> None:
         self.untraced = False
         known = [t, flat, *self.tracked]
         # leaves are told by identity; others by the place where their graph was entered
@@ -212,7 +236,7 @@ class Velocity:
         seen: set[tuple[Any, int]] = {
             (tensor.grad_fn, tensor.output_nr) for tensor in known if tensor.grad_fn
         }
-        pending: list[tuple[Any, int]] = [(velocity.grad_fn, velocity.output_nr)]
+        pending: list[tuple[Any, int]] = [(part.grad_fn, part.output_nr) for part in parts]
         while pending:
             edge = pending.pop()
             if edge[0] is None or edge in seen:

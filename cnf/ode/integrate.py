@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
-from cnf.ode import stepper
+from cnf.ode import adjoint, stepper
 from cnf.ode.errors import (
     NonFiniteState,
     SecondOrderGradient,
@@ -33,6 +33,7 @@ def integrate(
     solver: Solver,
     parameters: Sequence[Tensor] = (),
     *,
+    integrals: int = 0,
     in_norm: Sequence[bool] | None = None,
     name: str = "",
 ) -> tuple[State, Stats]:
@@ -48,6 +49,9 @@ def integrate(
         parameters: all tensors besides the state that need a gradient under
             ``gradient="adjoint"`` and ``"checkpoint"``: the field's parameters, the context, the
             clock; leaves or not. What is left out and used is refused in the backward pass.
+        integrals: how many parts at the end of the state are only integrated beside the others:
+            ``rhs`` gives their derivatives, but is called without them. The adjoint leaves them
+            out of its state.
         in_norm: which parts of the state steer the step size; None means all of them.
         name: what recorders and errors call this solve.
 
@@ -78,8 +82,14 @@ def integrate(
             f"in_norm must have one entry for each of the {len(state)} parts of the state, at "
             f"least one of them true; got {in_norm}"
         )
-    norm = error_norm(shapes, solver.norm, counted)
-    problem = Problem(rhs, shapes, points, times, state[0], solver, tracked, norm, name)
+    if not 0 <= integrals < len(state):
+        raise ValueError(
+            f"integrals must leave at least one of the {len(state)} parts of the state, got "
+            f"{integrals}"
+        )
+    problem = Problem(
+        rhs, shapes, points, times, state[0], solver, tracked, integrals, counted, name
+    )
     if points[0] == points[-1] or not any(shape.numel() for shape in shapes):
         return _at_rest(state, len(points), tracked), problem.watch.finish()
     flat = torch.cat([part.reshape(-1) for part in state])
@@ -104,16 +114,19 @@ class Problem:
         like: Tensor,
         solver: Solver,
         tracked: tuple[Tensor, ...],
-        norm: Norm,
+        integrals: int,
+        in_norm: list[bool],
         name: str,
     ):
         self.points = points
         self.times = times.detach().to(like.device)
         self.solver = solver
         self.tracked = tracked
-        self.norm = norm
+        self.integrals = integrals
+        self.in_norm = in_norm
+        self.norm = error_norm(shapes, solver.norm, in_norm)
         self.watch = Watch(solver, points, torch.finfo(like.dtype).eps, name)
-        self.velocity = Velocity(rhs, shapes, like.dtype, self.watch, tracked)
+        self.velocity = Velocity(rhs, shapes, like.dtype, self.watch, tracked, integrals)
 
     def solve(self, flat: Tensor) -> tuple[Tensor, Stats]:
         """The solution, ``(times, size)``, and the work of the forward pass."""
@@ -134,8 +147,12 @@ class Problem:
             return self.odeint(flat)
         if not (torch.is_grad_enabled() and (flat.requires_grad or self.tracked)):
             with torch.no_grad():
-                return self.walk(flat).solution if mode == "checkpoint" else self.odeint(flat)
-        function = _Checkpointed if mode == "checkpoint" else _Adjoint
+                if not self.solver.walks:
+                    return self.odeint(flat)
+                return self.walk(flat, keep=False).solution
+        if mode == "checkpoint":
+            return _Checkpointed.apply(self, flat, *self.tracked)
+        function = _Adjoint if self.solver.walks else _TorchdiffeqAdjoint
         return function.apply(self, flat, *self.tracked)
 
     def odeint(self, flat: Tensor) -> Tensor:
@@ -176,14 +193,38 @@ class Problem:
             )
         )
 
-    def walk(self, flat: Tensor) -> stepper.Path:
+    def walk(self, flat: Tensor, keep: bool = True) -> stepper.Path:
         """The solution by our own stepper, and the way there."""
-        return stepper.walk(self.velocity, flat, self.points, self.solver, self.norm, self.watch)
+        return stepper.walk(
+            self.velocity, flat, self.points, self.solver, self.norm, self.watch, keep
+        )
+
+    def walk_adjoint(
+        self, solution: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """The adjoint's gradients of the initial state and of the tracked tensors."""
+        watch, solver = self.watch, self.solver.backwards()
+        watch.begin("backward", solver.method in ADAPTIVE)
+        try:
+            self._check_grid(solver.method)
+            start, grads = adjoint.walk_adjoint(
+                self.velocity, solution, self.points, gradient, self.tracked, solver, watch,
+                self.in_norm,
+            )  # fmt: skip
+            watch.arrived([start, *grads], self.points[0], "the gradient is")
+            return start, grads
+        except (StepUnderflow, TooManySteps) as error:
+            if self.solver.fallback is None:
+                raise
+            fixed = self.falling_back(error)
+        finally:
+            watch.finish()
+        return fixed.walk_adjoint(solution, gradient)
 
     def differentiate(
         self, start: Tensor, solution: Tensor, gradient: Tensor
     ) -> Sequence[Tensor | None]:
-        """The adjoint's gradients of ``start`` and of the tracked tensors."""
+        """The gradients of ``start`` and of the tracked tensors by torchdiffeq's adjoint."""
         watch, method = self.watch, self.solver.backward_method
         watch.begin("backward", method in ADAPTIVE, method == SCIPY)
         try:
@@ -241,7 +282,8 @@ class Problem:
             self.times.new_empty(0, dtype=velocity.dtype),
             solver,
             self.tracked,
-            self.norm,
+            self.integrals,
+            self.in_norm,
             self.watch.name,
         )
 
@@ -296,6 +338,25 @@ class Problem:
 
 
 class _Adjoint(torch.autograd.Function):
+    """The adjoint by our own stepper: nothing is kept but the solution."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, flat: Tensor, *parameters: Tensor) -> Tensor:
+        solution = problem.walk(flat, keep=False).solution
+        ctx.problem = problem
+        # the parameters too, for torch to refuse a backward pass after they have changed
+        ctx.save_for_backward(solution, *parameters)
+        return solution
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise SecondOrderGradient("adjoint")
+        start, grads = ctx.problem.walk_adjoint(ctx.saved_tensors[0], gradient)
+        return None, start, *grads
+
+
+class _TorchdiffeqAdjoint(torch.autograd.Function):
     """torchdiffeq's adjoint, in a pass that is counted, checked, and repeated where it fails."""
 
     @staticmethod

@@ -166,6 +166,26 @@ class Solver:
         known = options_of(self.backward_method)
         return {key: value for key, value in self.options.items() if key in known}
 
+    @property
+    def walks(self) -> bool:
+        """Whether our own stepper takes its steps: one-step methods without times to stop at."""
+        methods = {self.method, self.backward_method}
+        return methods <= {*ADAPTIVE, *ONE_STEP} and not (
+            {*self.options, *self.adjoint_options} & {"step_t", "jump_t", "perturb"}
+        )
+
+    def backwards(self) -> Solver:
+        """The solver of the adjoint's backward pass, as one that goes forward."""
+        return dataclasses.replace(
+            self,
+            method=self.backward_method,
+            rtol=self.adjoint_rtol or self.rtol,
+            atol=self.adjoint_atol or self.atol,
+            options=self.backward_options,
+            adjoint_method=None,
+            adjoint_options={},
+        )
+
     def at(self, tolerance: float | None) -> Solver:
         """The solver with this rtol and atol on average over the batch; None changes nothing."""
         if tolerance is None:

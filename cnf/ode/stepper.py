@@ -169,19 +169,32 @@ class Path:
     kept: dict[int, Tensor]
 
 
-def walk(
+def advance(
     rhs: FlatRhs, y: Tensor, times: Sequence[float], solver: Solver, norm: Norm, watch: Watch
+) -> Iterator[tuple[Step, Tensor, bool]]:
+    """Integrate through ``times``: each accepted step, the state after it, whether it arrives."""
+    walk = _adaptive if solver.method in ADAPTIVE else _fixed
+    return walk(rhs, y, times, solver, norm, watch)
+
+
+def walk(
+    rhs: FlatRhs,
+    y: Tensor,
+    times: Sequence[float],
+    solver: Solver,
+    norm: Norm,
+    watch: Watch,
+    keep: bool = True,
 ) -> Path:
-    """Integrate through ``times``, every one of them the end of a step."""
+    """Integrate through ``times``, every one of them the end of a step, and keep the way."""
     # half of the room is left for the states that the way back computes again
     limit = math.inf if solver.checkpoints is None else max(1, solver.checkpoints // 2)
-    advance = _adaptive if solver.method in ADAPTIVE else _fixed
     solution, arrivals = [y], [0]
     steps: list[Step] = []
     kept: dict[int, Tensor] = {}
     stride = 1
     for step, after, arrived in advance(rhs, y, times, solver, norm, watch):
-        if len(steps) % stride == 0:
+        if len(steps) % stride == 0 and keep:
             kept[len(steps)] = y
         while len(kept) > limit:
             # how many steps there will be is not known: thin out whenever room runs out
@@ -198,7 +211,8 @@ def walk(
 def _adaptive(
     rhs: FlatRhs, y: Tensor, times: Sequence[float], solver: Solver, norm: Norm, watch: Watch
 ) -> Iterator[tuple[Step, Tensor, bool]]:
-    table, options, sign = tableau(solver.method), solver.options, watch.sign
+    table, options = tableau(solver.method), solver.options
+    sign = 1.0 if times[-1] > times[0] else -1.0
     safety, shrink = options.get("safety", 0.9), options.get("dfactor", 0.2)
     grow, largest = options.get("ifactor", 10.0), options.get("max_step", math.inf)
     time = times[0]
@@ -277,7 +291,7 @@ def walk_back(
             adjoint = adjoint + arriving[index]
         index -= 1
         step = path.steps[index]
-        watch.step(watch.sign * step.time, (state, adjoint), abs(step.size))
+        watch.step(step.time, (state, adjoint), abs(step.size))
         with torch.enable_grad():
             start = state.detach().requires_grad_()
             after, _ = rk_step(rhs, table, step, start)

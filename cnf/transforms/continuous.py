@@ -164,6 +164,7 @@ class Continuous(Transform):
             times,
             self.solver.at(request.tolerance),
             self._differentiated(context, clock),
+            integrals=len(state) - 1,
             in_norm=[True] * (1 + traced) + [request.costs_in_norm] * len(request.costs),
             name=self.name,
         )

@@ -1,0 +1,163 @@
+"""A network and the products of its Jacobian with tangents, in one pass forward and one back.
+
+The fast path of fields made of affine layers. The value and its k tangents are the 1 + k blocks of
+one matrix per layer, so that each layer is one product; the reverse pass is written out, so that it
+is the same again, with no graph of small operations to build and walk. ``plain`` is the same map in
+ordinary operations: the reference, and the path that derivatives of the derivatives take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from cnf.nets.smooth import SMOOTH
+
+
+def plain(
+    activation: str,
+    x: Tensor,
+    tangents: Tensor | None,
+    weights: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """A network of affine layers at x, and Σ uᵀ J u over its tangents, or tr J.
+
+    Args:
+        activation: what stands between two layers, one of ``SMOOTH``.
+        x: ``(rows, inputs)``.
+        tangents: u, ``(k, rows, inputs)``; None means all unit vectors, whose sum is the trace.
+        weights: of each layer, ``(outputs, inputs)``; at least two.
+        shifts: of each layer, ``(outputs,)`` or ``(rows, outputs)``.
+
+    Returns:
+        The value ``(rows, inputs)`` and uᵀ J u, ``(k, rows)``; or tr J, ``(1, rows)``.
+    """
+    linearize = SMOOTH[activation].linearize
+    carry = weights[0].T.unsqueeze(1) if tangents is None else linear(tangents, weights[0])
+    h = linear(x, weights[0]) + shifts[0]
+    for weight, shift in zip(weights[1:], shifts[1:], strict=True):
+        y, slope = linearize(h)
+        carry = carry * slope
+        if weight is not weights[-1]:
+            carry = linear(carry, weight)
+        h = linear(y, weight) + shift
+    close = weights[-1].unsqueeze(1) if tangents is None else tangents @ weights[-1]
+    products = (carry * close).sum(-1)
+    return h, products.sum(0, keepdim=True) if tangents is None else products
+
+
+def fused(
+    activation: str,
+    x: Tensor,
+    tangents: Tensor | None,
+    weights: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """As ``plain``, fast; the tangents get no gradient."""
+    return _Fused.apply(activation, len(weights), x, tangents, *weights, *shifts)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, activation: str, count: int, x: Tensor, tangents: Tensor | None, *layers: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        weights, shifts = layers[:count], layers[count:]
+        first, *inner, last = weights
+        linearize = SMOOTH[activation].linearize
+        if tangents is None:
+            carry, close = first.t().unsqueeze(1), last.unsqueeze(1)
+        else:
+            carry, close = linear(tangents, first), torch.matmul(tangents, last)
+        before: list[Tensor] = []  # of each activation: its arguments, and the carried tangents
+        after: list[Tensor] = []
+        slopes: list[Tensor] = []
+        h = torch.addmm(shifts[0], x, first.t())
+        for weight, shift in zip((*inner, None), (*shifts[1:-1], None), strict=True):
+            stacked = h.new_empty(1 + close.shape[0], *h.shape)
+            y, slope = linearize(h)
+            stacked[0] = y
+            torch.mul(carry, slope, out=stacked[1:])
+            before += [h, carry]
+            after.append(stacked)
+            slopes.append(slope)
+            if weight is not None:
+                block = torch.mm(stacked.flatten(0, 1), weight.t()).view(*stacked.shape[:2], -1)
+                h, carry = block[0].add_(shift), block[1:]
+        value = torch.addmm(shifts[-1], stacked[0], last.t())
+        products = (stacked[1:] * close).sum(-1)
+        if tangents is None:
+            products = products.sum(0, keepdim=True)
+        ctx.activation, ctx.count = activation, count
+        ctx.save_for_backward(x, tangents, close, *layers, *before, *after, *slopes)
+        return value, products
+
+    @staticmethod
+    def backward(ctx: Any, value: Tensor, products: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        n = ctx.count
+        x, tangents, close, *rest = ctx.saved_tensors
+        weights, shifts, rest = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        if torch.is_grad_enabled():
+            grads = _again(ctx, value, products, x, tangents, [*weights, *shifts])
+            return None, None, grads[0], None, *grads[1:]
+        before, after, slopes = rest[: 2 * n - 2], rest[2 * n - 2 : 3 * n - 3], rest[3 * n - 3 :]
+        weight_grads: list[Tensor] = []
+        shift_grads: list[Tensor] = []
+        last, stacked = weights[-1], after[-1]
+        of_last = value.t() @ stacked[0]
+        if tangents is None:
+            of_last += torch.matmul(products, stacked[1:]).squeeze(1)
+        else:
+            weighted = stacked[1:] * products.unsqueeze(-1)
+            of_last += tangents.flatten(0, 1).t() @ weighted.flatten(0, 1)
+        weight_grads.append(of_last)
+        shift_grads.append(_like(value, shifts[-1]))
+        grad = torch.empty_like(stacked)
+        torch.mm(value, last, out=grad[0])
+        torch.mul(close, products.unsqueeze(-1), out=grad[1:])
+        pull = SMOOTH[ctx.activation].pull
+        for i in range(n - 2, -1, -1):
+            h, carry, slope, weight = before[2 * i], before[2 * i + 1], slopes[i], weights[i]
+            of_slope = (grad[1:] * carry).sum(0)
+            grad[0] = pull(h, after[i][0], slope, grad[0], of_slope)
+            grad[1:].mul_(slope)
+            shift_grads.append(_like(grad[0], shifts[i]))
+            if i:
+                flat = grad.flatten(0, 1)
+                weight_grads.append(flat.t() @ after[i - 1].flatten(0, 1))
+                grad = torch.mm(flat, weight).view(*grad.shape[:2], -1)
+        of_first = grad[0].t() @ x
+        if tangents is None:
+            of_first += grad[1:].sum(1).t()
+        else:
+            of_first += grad[1:].flatten(0, 1).t() @ tangents.flatten(0, 1)
+        weight_grads.append(of_first)
+        grads = (*reversed(weight_grads), *reversed(shift_grads))
+        return None, None, grad[0] @ weights[0], None, *grads
+
+
+def _again(
+    ctx: Any,
+    value: Tensor,
+    products: Tensor,
+    x: Tensor,
+    tangents: Tensor | None,
+    layers: Sequence[Tensor],
+) -> list[Tensor]:
+    """The gradients as functions that can be differentiated once more."""
+    inputs = [tensor.view_as(tensor) for tensor in (x, *layers)]
+    found = plain(
+        ctx.activation, inputs[0], tangents, inputs[1 : 1 + ctx.count], inputs[1 + ctx.count :]
+    )
+    used = [tensor for tensor in inputs if tensor.requires_grad]
+    grads = iter(torch.autograd.grad(found, used, (value, products), create_graph=True))
+    return [next(grads) if tensor.requires_grad else None for tensor in inputs]  # type: ignore[misc]
+
+
+def _like(grad: Tensor, shift: Tensor) -> Tensor:
+    return grad.sum(0) if shift.dim() == 1 else grad.clone()
