@@ -78,7 +78,7 @@ class _Fused(torch.autograd.Function):
         after: list[Tensor] = []
         slopes: list[Tensor] = []
         h = torch.addmm(shifts[0], x, first.t())
-        for weight, shift in zip((*inner, None), (*shifts[1:-1], None), strict=True):
+        for i in range(count - 1):
             stacked = h.new_empty(1 + close.shape[0], *h.shape)
             y, slope = linearize(h)
             stacked[0] = y
@@ -86,9 +86,9 @@ class _Fused(torch.autograd.Function):
             before += [h, carry]
             after.append(stacked)
             slopes.append(slope)
-            if weight is not None:
-                block = torch.mm(stacked.flatten(0, 1), weight.t()).view(*stacked.shape[:2], -1)
-                h, carry = block[0].add_(shift), block[1:]
+            if i < len(inner):
+                block = torch.mm(stacked.flatten(0, 1), inner[i].t()).view(*stacked.shape[:2], -1)
+                h, carry = block[0].add_(shifts[i + 1]), block[1:]
         value = torch.addmm(shifts[-1], stacked[0], last.t())
         products = (stacked[1:] * close).sum(-1)
         if tangents is None:
@@ -98,14 +98,18 @@ class _Fused(torch.autograd.Function):
         return value, products
 
     @staticmethod
-    def backward(ctx: Any, value: Tensor, products: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, value: Tensor, products: Tensor) -> tuple[Any, ...]:
         n = ctx.count
         x, tangents, close, *rest = ctx.saved_tensors
-        weights, shifts, rest = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        weights, shifts = rest[:n], rest[n : 2 * n]
         if torch.is_grad_enabled():
             grads = _again(ctx, value, products, x, tangents, [*weights, *shifts])
             return None, None, grads[0], None, *grads[1:]
-        before, after, slopes = rest[: 2 * n - 2], rest[2 * n - 2 : 3 * n - 3], rest[3 * n - 3 :]
+        before, after, slopes = (
+            rest[2 * n : 4 * n - 2],
+            rest[4 * n - 2 : 5 * n - 3],
+            rest[5 * n - 3 :],
+        )
         weight_grads: list[Tensor] = []
         shift_grads: list[Tensor] = []
         last, stacked = weights[-1], after[-1]

@@ -62,6 +62,7 @@ class FlowMatching(Objective):
     """
 
     share = 0.5  # its steps are cheap, and the first thousands bring most of what they can
+    step_cost = 0.05  # one velocity and its gradient beside a solve with its divergence
     lr = 2e-2  # a regression on noisy targets: the average of the weights, not lr, settles them
 
     def __init__(

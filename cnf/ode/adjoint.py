@@ -131,6 +131,4 @@ def walk_adjoint(
         adjoint, rest = flat[size : 2 * size], flat[2 * size :]
     start = torch.cat([adjoint + gradient[0, :size], sums[-1, size:]])
     grads = rest.split([parameter.numel() for parameter in tracked])
-    return start, [
-        grad.view_as(parameter) for grad, parameter in zip(grads, tracked, strict=True)
-    ]
+    return start, [grad.view_as(parameter) for grad, parameter in zip(grads, tracked, strict=True)]

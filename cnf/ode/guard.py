@@ -210,9 +210,7 @@ class Velocity:
         sizes, shapes = self.sizes[start:end], self.shapes[start:end]
         pieces = flat.split(sizes, dim=-1) if len(sizes) != 1 else (flat,)
         ahead = flat.shape[:-1]
-        return tuple(
-            piece.view(ahead + shape) for piece, shape in zip(pieces, shapes, strict=True)
-        )
+        return tuple(piece.view(ahead + shape) for piece, shape in zip(pieces, shapes, strict=True))
 
     def _check_shapes(self, parts: State) -> None:
         self.unchecked = False

@@ -21,7 +21,7 @@ from cnf.ode.errors import (
     StepUnderflow,
     TooManySteps,
 )
-from cnf.ode.guard import Norm, Rhs, State, Velocity, Watch, error_norm, finite
+from cnf.ode.guard import Rhs, State, Velocity, Watch, error_norm, finite
 from cnf.ode.recorder import Stats
 from cnf.ode.solver import ADAPTIVE, FIXED, MULTISTEP, SCIPY, Solver
 
@@ -199,9 +199,7 @@ class Problem:
             self.velocity, flat, self.points, self.solver, self.norm, self.watch, keep
         )
 
-    def walk_adjoint(
-        self, solution: Tensor, gradient: Tensor
-    ) -> tuple[Tensor, Sequence[Tensor]]:
+    def walk_adjoint(self, solution: Tensor, gradient: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """The adjoint's gradients of the initial state and of the tracked tensors."""
         watch, solver = self.watch, self.solver.backwards()
         watch.begin("backward", solver.method in ADAPTIVE)

@@ -172,7 +172,7 @@ class Run:
         """Note that a stage starts; before the first, look at the flow as it is."""
         self.history.stages.append((self.objectives[stage.index][0], self.history.steps))
         if stage.index == 0:
-            self._limit_validation(stage.budget)
+            self._limit_validation(stage)
             self._validate(stage, 0.0)
 
     def _stage(self, index: int, step: int, elapsed: float) -> Stage:
@@ -193,10 +193,12 @@ class Run:
         timetable = Timetable(settings.validate_every, timed=timed, step=step)
         return Stage(index, share, updater, timetable)
 
-    def _limit_validation(self, share: Budget) -> None:
+    def _limit_validation(self, stage: Stage) -> None:
         """Choose how many rows to validate on, so that validation stays a tenth of the work."""
+        share = stage.budget
         if share.last_step is not None:
-            self.validator.limit_work((share.last_step - share.first_step) * self.order.size)
+            rows = (share.last_step - share.first_step) * self.order.size
+            self.validator.limit_work(rows, stage.updater.objective.step_cost)
         if share.end is not None:
             try:
                 self.validator.limit_seconds(self.flow, share.end - share.start)

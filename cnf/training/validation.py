@@ -20,7 +20,6 @@ CHUNK = 1_000
 SHARE = 0.1  # of the budget, spent on validation at most
 TIMES = 40  # validations per budget at most
 LEAST_STEPS = 10  # between two of them
-STEP_COST = 3  # evaluations that take as long as one training step on as many rows
 FIRST_LOOK = 0.005  # of a budget in seconds may go into validating the untrained flow once
 
 
@@ -42,9 +41,14 @@ class Validator:
         """Use no more than this many rows from now on, but at least 256 where there are."""
         self.held = _first(self.held, max(256, int(min(rows, len(self)))))
 
-    def limit_work(self, rows: int) -> None:
-        """Use so few rows that validating them takes a tenth of training on ``rows`` in all."""
-        self.limit(SHARE * STEP_COST * rows / TIMES)
+    def limit_work(self, rows: int, step_cost: float) -> None:
+        """Use so few rows that validating them takes a tenth of training on ``rows`` in all.
+
+        Args:
+            rows: rows times steps.
+            step_cost: densities that take as long as one training step on as many rows.
+        """
+        self.limit(SHARE * step_cost * rows / TIMES)
 
     def limit_seconds(self, flow: Flow, seconds: float) -> None:
         """Use so few rows that scoring them once, while it is easy, takes 0.5 % of the budget."""

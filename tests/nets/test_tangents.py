@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ def network(sizes, rows, per_row, activation):
         return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
 
     x = normal(rows, sizes[0])
-    pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
+    pairs = list(itertools.pairwise(sizes))
     weights = [normal(outputs, inputs) for inputs, outputs in pairs]
     shifts = [normal(*((rows, size) if per_row else (size,))) for _, size in pairs]
     return x, weights, shifts
