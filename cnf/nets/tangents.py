@@ -141,8 +141,8 @@ class _Fused(torch.autograd.Function):
         else:
             of_first += grad[1:].flatten(0, 1).t() @ tangents.flatten(0, 1)
         weight_grads.append(of_first)
-        grads = (*reversed(weight_grads), *reversed(shift_grads))
-        return None, None, grad[0] @ weights[0], None, *grads
+        layers = (*reversed(weight_grads), *reversed(shift_grads))
+        return None, None, grad[0] @ weights[0], None, *layers
 
 
 def _again(

@@ -20,6 +20,7 @@ CHUNK = 1_000
 SHARE = 0.1  # of the budget, spent on validation at most
 TIMES = 40  # validations per budget at most
 LEAST_STEPS = 10  # between two of them
+TOLERANCE = 1e-4  # of solves: far below what rows by the hundred can tell apart
 FIRST_LOOK = 0.005  # of a budget in seconds may go into validating the untrained flow once
 
 
@@ -72,7 +73,8 @@ class Validator:
     def _score(self, flow: Flow, rows: Batch) -> float:
         # a bound or an estimate is drawn with the same noise each time, so that validations compare
         noise = torch.Generator(device=flow.device).manual_seed(0)
-        found = flow.evaluate(rows.x, rows.context, Request(generator=noise), chunk=CHUNK)
+        request = Request(generator=noise, tolerance=TOLERANCE)
+        found = flow.evaluate(rows.x, rows.context, request, chunk=CHUNK)
         weight = None if rows.weight is None else rows.weight.double()
         return -mean(found.log_prob.double(), weight).item()
 
