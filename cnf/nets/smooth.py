@@ -18,13 +18,13 @@ class Formulas(NamedTuple):
     Attributes:
         value: φ(h).
         linearize: φ(h) and φ'(h).
-        pull: from (h, φ, φ', a, b) to a φ' + b φ'', the gradient of h that comes from a gradient
-            ``a`` of the value and ``b`` of the slope.
+        pull_: from (a, b, h, φ, φ') it makes a, in place, a φ' + b φ'': the gradient of h that
+            comes from a gradient ``a`` of the value and ``b`` of the slope.
     """
 
     value: Callable[[Tensor], Tensor]
     linearize: Callable[[Tensor], tuple[Tensor, Tensor]]
-    pull: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    pull_: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def tanh(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,25 +57,25 @@ def gelu(h: Tensor) -> tuple[Tensor, Tensor]:
     return h * normal, normal + h * _bell(h)
 
 
-def _pull_tanh(h: Tensor, y: Tensor, slope: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.addcmul(a, b, y, value=-2).mul_(slope)
+def _pull_tanh_(a: Tensor, b: Tensor, h: Tensor, y: Tensor, slope: Tensor) -> Tensor:
+    return a.addcmul_(b, y, value=-2).mul_(slope)
 
 
-def _pull_softplus(h: Tensor, y: Tensor, slope: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.addcmul(a, b, 1 - slope).mul_(slope)
+def _pull_softplus_(a: Tensor, b: Tensor, h: Tensor, y: Tensor, slope: Tensor) -> Tensor:
+    return a.addcmul_(b, 1 - slope).mul_(slope)
 
 
-def _pull_silu(h: Tensor, y: Tensor, slope: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _pull_silu_(a: Tensor, b: Tensor, h: Tensor, y: Tensor, slope: Tensor) -> Tensor:
     gate = torch.sigmoid(h)
-    return a * slope + b * gate * (1 - gate) * (2 + h * (1 - 2 * gate))
+    return a.mul_(slope).addcmul_(b, gate * (1 - gate) * (2 + h * (1 - 2 * gate)))
 
 
-def _pull_sine(h: Tensor, y: Tensor, slope: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return a * slope - b * y
+def _pull_sine_(a: Tensor, b: Tensor, h: Tensor, y: Tensor, slope: Tensor) -> Tensor:
+    return a.mul_(slope).addcmul_(b, y, value=-1)
 
 
-def _pull_gelu(h: Tensor, y: Tensor, slope: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return a * slope + b * _bell(h) * (2 - h.square())
+def _pull_gelu_(a: Tensor, b: Tensor, h: Tensor, y: Tensor, slope: Tensor) -> Tensor:
+    return a.mul_(slope).addcmul_(b, _bell(h) * (2 - h.square()))
 
 
 def _bell(h: Tensor) -> Tensor:
@@ -83,11 +83,11 @@ def _bell(h: Tensor) -> Tensor:
 
 
 SMOOTH: dict[str, Formulas] = {
-    "tanh": Formulas(torch.tanh, tanh, _pull_tanh),
-    "softplus": Formulas(nn.functional.softplus, softplus, _pull_softplus),
-    "silu": Formulas(nn.functional.silu, silu, _pull_silu),
-    "sine": Formulas(torch.sin, sine, _pull_sine),
-    "gelu": Formulas(nn.functional.gelu, gelu, _pull_gelu),
+    "tanh": Formulas(torch.tanh, tanh, _pull_tanh_),
+    "softplus": Formulas(nn.functional.softplus, softplus, _pull_softplus_),
+    "silu": Formulas(nn.functional.silu, silu, _pull_silu_),
+    "sine": Formulas(torch.sin, sine, _pull_sine_),
+    "gelu": Formulas(nn.functional.gelu, gelu, _pull_gelu_),
 }
 
 

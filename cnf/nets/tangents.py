@@ -17,6 +17,8 @@ from torch.nn.functional import linear
 
 from cnf.nets.smooth import SMOOTH
 
+FEW = 4  # tangents that are summed one by one
+
 
 def plain(
     activation: str,
@@ -71,7 +73,7 @@ class _Fused(torch.autograd.Function):
         first, *inner, last = weights
         linearize = SMOOTH[activation].linearize
         if tangents is None:
-            carry, close = first.t().unsqueeze(1), last.unsqueeze(1)
+            carry, close = first.t().contiguous().unsqueeze(1), last.unsqueeze(1)
         else:
             carry, close = linear(tangents, first), torch.matmul(tangents, last)
         before: list[Tensor] = []  # of each activation: its arguments, and the carried tangents
@@ -90,9 +92,7 @@ class _Fused(torch.autograd.Function):
                 block = torch.mm(stacked.flatten(0, 1), inner[i].t()).view(*stacked.shape[:2], -1)
                 h, carry = block[0].add_(shifts[i + 1]), block[1:]
         value = torch.addmm(shifts[-1], stacked[0], last.t())
-        products = (stacked[1:] * close).sum(-1)
-        if tangents is None:
-            products = products.sum(0, keepdim=True)
+        products = _inner(stacked[1:], last) if tangents is None else (stacked[1:] * close).sum(-1)
         ctx.activation, ctx.count = activation, count
         ctx.save_for_backward(x, tangents, close, *layers, *before, *after, *slopes)
         return value, products
@@ -124,11 +124,10 @@ class _Fused(torch.autograd.Function):
         grad = torch.empty_like(stacked)
         torch.mm(value, last, out=grad[0])
         torch.mul(close, products.unsqueeze(-1), out=grad[1:])
-        pull = SMOOTH[ctx.activation].pull
+        pull_ = SMOOTH[ctx.activation].pull_
         for i in range(n - 2, -1, -1):
             h, carry, slope, weight = before[2 * i], before[2 * i + 1], slopes[i], weights[i]
-            of_slope = (grad[1:] * carry).sum(0)
-            grad[0] = pull(h, after[i][0], slope, grad[0], of_slope)
+            pull_(grad[0], _sum_of_products(grad[1:], carry), h, after[i][0], slope)
             grad[1:].mul_(slope)
             shift_grads.append(_like(grad[0], shifts[i]))
             if i:
@@ -161,6 +160,26 @@ def _again(
     used = [tensor for tensor in inputs if tensor.requires_grad]
     grads = iter(torch.autograd.grad(found, used, (value, products), create_graph=True))
     return [next(grads) if tensor.requires_grad else None for tensor in inputs]  # type: ignore[misc]
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """Σₖ aₖ ⊙ bₖ; for a few, without writing the products first."""
+    if len(a) > FEW:
+        return (a * b).sum(0)
+    total = a[0] * b[0]
+    for left, right in zip(a[1:], b[1:], strict=True):
+        total.addcmul_(left, right)
+    return total
+
+
+def _inner(a: Tensor, rows: Tensor) -> Tensor:
+    """Σₖ aₖ · rowₖ, ``(1, rows)``."""
+    if len(a) > FEW:
+        return (a * rows.unsqueeze(1)).sum((0, 2)).unsqueeze(0)
+    total = torch.mv(a[0], rows[0])
+    for matrix, row in zip(a[1:], rows[1:], strict=True):
+        total.addmv_(matrix, row)
+    return total.unsqueeze(0)
 
 
 def _like(grad: Tensor, shift: Tensor) -> Tensor:

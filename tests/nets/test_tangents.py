@@ -10,7 +10,7 @@ import torch
 from cnf.nets.smooth import SMOOTH
 from cnf.nets.tangents import fused, plain
 
-SIZES = {"two layers": (3, 7, 3), "four layers": (3, 8, 6, 5, 3)}
+SIZES = {"many": (6, 7, 6), "two layers": (3, 7, 3), "four layers": (3, 8, 6, 5, 3)}
 
 
 def network(sizes, rows, per_row, activation):
