@@ -185,4 +185,3 @@ def trace_of_product(weights: list[Tensor], slopes: list[Tensor]) -> Tensor:
         carry = (carry * slope) @ weight.T
     close = close.reshape(close.shape[0], *[1] * (slopes[0].dim() - 1), close.shape[1])
     return ((carry * close).sum(0) * slopes[-1]).sum(-1)
-
