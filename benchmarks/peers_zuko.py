@@ -1,11 +1,10 @@
-"""zuko's continuous flow: its solver around the reference's net, and the flow as it ships."""
+"""zuko's continuous flow around the reference's net, whose numbers others have too."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-import zuko
 from torch import Tensor, nn
 from zuko.transforms import FreeFormJacobianTransform
 
@@ -40,29 +39,3 @@ class ZukoSolver(nn.Module):
         return FreeFormJacobianTransform(
             self.net, start, end, phi=phi, atol=tolerance, rtol=tolerance
         )
-
-
-def shipped(features: int, x: Tensor, steps: int = 500) -> zuko.flows.CNF:
-    """zuko's own CNF with three layers of 64, trained by flow matching to have somewhere to go."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.random.manual_seed(0)
-        flow = zuko.flows.CNF(features, hidden_features=(64, 64, 64))
-    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
-    for _ in range(steps):
-        rows = x[torch.randint(len(x), (256,), generator=generator)]
-        z = torch.randn(rows.shape, generator=generator)
-        t = torch.rand(len(rows), generator=generator)
-        # zuko's time runs from data to base
-        place = torch.lerp(rows, z, t.unsqueeze(-1))
-        loss = (flow.transform.f(t, place) - (z - rows)).square().sum(-1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return flow.eval()
-
-
-def tolerate(flow: zuko.flows.CNF, tolerance: float) -> zuko.flows.CNF:
-    """The flow at another tolerance, in place."""
-    flow.transform.atol = flow.transform.rtol = tolerance
-    return flow
