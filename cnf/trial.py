@@ -221,7 +221,7 @@ def train(
                 context_features=0 if context is None else context.shape[-1],
                 **(arguments or {}),
             )
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise RecipeError(f"{model}: {error}") from error
     flow.to(as_device(device), dtype)
     _rehearse(flow, data)
