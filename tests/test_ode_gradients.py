@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torchdiffeq import odeint_adjoint
 
 from cnf.ode import Solver, count_nfe, integrate
 
@@ -228,6 +229,36 @@ def test_a_constant_velocity_and_a_zero_one():
             (slope,) = torch.autograd.grad(y[-1].sum(), x)
             assert torch.allclose(y[-1], x + velocity)
             assert torch.allclose(slope, torch.ones_like(x))
+
+
+def test_the_adjoint_is_torchdiffeqs_without_the_integrals():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    x = torch.randn(4, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    zero, times = (
+        torch.zeros(4, dtype=torch.float64),
+        UNIT,
+    )  # only two times: torchdiffeq interpolates between
+    cotangents = [torch.randn(2, 4, 3, dtype=torch.float64), torch.randn(2, 4).double()]
+
+    class Rhs(nn.Module):
+        def forward(self, t, state):
+            y = torch.tanh(state[0] @ weight + t)
+            return y, (y * state[0].sin()).sum(-1)
+
+    known = {"rtol": 1e-12, "atol": 1e-12, "method": "dopri5", "adjoint_params": (weight,)}
+    expected = torch.autograd.grad(
+        odeint_adjoint(Rhs(), (x, zero), times, **known), (x, weight), cotangents
+    )
+    for seminorm in (True, False):
+        solver = Solver("dopri5", rtol=1e-12, atol=1e-12, seminorm=seminorm)
+        solution, _ = integrate(Rhs(), (x, zero), times, solver, (weight,), integrals=1)
+        for a, b in zip(
+            torch.autograd.grad(solution, (x, weight), cotangents), expected, strict=True
+        ):
+            assert torch.allclose(a, b, rtol=1e-8, atol=1e-8)
+    with pytest.raises(ValueError, match="integrals must leave at least one of the 2 parts"):
+        integrate(Rhs(), (x, zero), times, Solver(), integrals=2)
 
 
 # --- memory -----------------------------------------------------------------------------------

@@ -33,6 +33,12 @@ class Batch(NamedTuple):
     context: Tensor | None = None
     weight: Tensor | None = None
 
+    def repeated(self, times: int) -> Batch:
+        """The rows so many times over."""
+        if times == 1:
+            return self
+        return Batch(*[part if part is None else torch.cat([part] * times) for part in self])
+
 
 class Loss(NamedTuple):
     """What an objective returns.

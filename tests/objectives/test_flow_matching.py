@@ -87,7 +87,7 @@ def test_a_batch_matches_the_formula_with_clock_and_scaling():
     flow = flow_of(field, 2, end_time=2.0)
     x = 3 + 2 * torch.randn(16, 2, dtype=torch.float64)
     flow.standardize(x)
-    loss = FlowMatching(flow)(Batch(x), generator=generator(3))
+    loss = FlowMatching(flow, draws=1)(Batch(x), generator=generator(3))
     noise = generator(3)
     z = torch.randn(16, 2, dtype=torch.float64, generator=noise)
     place = torch.randperm(16, generator=noise)
@@ -100,7 +100,7 @@ def test_a_batch_matches_the_formula_with_clock_and_scaling():
 
 def test_rows_that_share_a_time_have_the_loss_of_rows_that_do_not():
     flow = cnf.ffjord(2, hidden=(8, 8), context_features=1, end_time=1.5).double()
-    objective = FlowMatching(flow)
+    objective = FlowMatching(flow, draws=1)
     rows = 3 * LEAST_TIMES
     x, context = torch.randn(rows, 2).double(), torch.randn(rows, 1).double()
     loss = objective(Batch(x, context), generator=generator(3)).total
@@ -109,6 +109,19 @@ def test_rows_that_share_a_time_have_the_loss_of_rows_that_do_not():
     t = objective.times.draw(LEAST_TIMES, x, noise).repeat_interleave(3)
     velocity = 1.5 * flow.transform.field(1.5 * t, z + t[:, None] * (x - z), context)
     torch.testing.assert_close(loss, (velocity - (x - z)).square().sum(-1).mean())
+
+
+def test_draws_repeat_the_rows():
+    flow = flow_of(cnf.nets.TimeMLP(2, (8,)), 2)
+    x, weight = torch.randn(16, 2, dtype=torch.float64), torch.rand(16, dtype=torch.float64)
+    thrice = FlowMatching(flow, draws=3)(Batch(x, weight=weight), generator=generator(3))
+    once = FlowMatching(flow, draws=1)(
+        Batch(x.repeat(3, 1), weight=weight.repeat(3)), generator=generator(3)
+    )
+    assert torch.equal(thrice.total, once.total)
+    assert FlowMatching(flow).draws == 2
+    with pytest.raises(ValueError, match="draws must be at least 1"):
+        FlowMatching(flow, draws=0)
 
 
 def test_weights_are_normalised():
