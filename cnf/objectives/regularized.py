@@ -17,8 +17,8 @@ def rnode(flow: Flow) -> MaximumLikelihood:
 
     The paper estimates trace and norm with one Hutchinson probe throughout. So do images here;
     vectors train with the flow's own trace, exact by default, which gives the exact norm of J along
-    with it. The paper's loss is in bits per dimension and its costs are means over dimensions, so
-    that its 0.01 weighs less than this one.
+    with it. In the authors' code the loss is in bits per dimension and the costs are means over
+    dimensions (of ½‖v‖²), so that its 0.01 weighs less than this one.
 
     Paper: Finlay et al., "How to train your neural ODE", ICML 2020.
     """
