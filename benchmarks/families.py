@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import cnf
 from cnf.bijections import RationalQuadratic
 from cnf.distributions import Normal
-from cnf.models.parts import autoregressive_layers, coupling_layers
+from cnf.models.parts import autoregressive_layers, coupling_layers, interleaved
 
 FAMILIES = ("realnvp", "maf", "nsf", "nsf-ar")
 PACKAGES = ("cnf", "zuko", "nflows", "normflows")
@@ -104,6 +104,7 @@ def _cnf(spec: Spec, width: int) -> Model:
             )
         else:
             parts = coupling_layers(spline, spec.features, spec.layers, hidden, 0, "relu")
+            parts += interleaved(spec.features)
         flow = cnf.Flow(cnf.Chain(parts), Normal(spec.features))
     return Model(flow, flow.log_prob, lambda n: flow.sample((n,)))
 

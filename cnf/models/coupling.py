@@ -6,7 +6,7 @@ from cnf.bijections import Additive
 from cnf.distributions import Logistic, Normal
 from cnf.flow import Flow
 from cnf.models.framed import framed
-from cnf.models.parts import coupling_layers
+from cnf.models.parts import coupling_layers, interleaved
 from cnf.registry import MODELS
 from cnf.transforms import Chain, Diagonal
 
@@ -43,6 +43,6 @@ def nice(
     if base not in ("normal", "logistic"):
         raise ValueError(f"base is 'normal' or 'logistic', got {base!r}")
     couplings = coupling_layers(Additive(), features, layers, hidden, context_features, activation)
-    transform = Chain([*couplings, Diagonal(features)])
+    transform = Chain([*couplings, Diagonal(features), *interleaved(features)])
     start = Logistic(features) if base == "logistic" else Normal(features)
     return Flow(transform, start, context_features=context_features)

@@ -10,7 +10,7 @@ from cnf.bijections import Affine, Inverted, LogisticMixture, ScalarMap
 from cnf.distributions import as_shape
 from cnf.flow import Flow
 from cnf.models.framed import framed
-from cnf.models.parts import coupling_layers
+from cnf.models.parts import coupling_layers, interleaved
 from cnf.models.pixels import (
     MakeNet,
     Shape,
@@ -79,6 +79,7 @@ def realnvp(
     core: list[Transform]
     if len(shape) == 1:
         core = coupling_layers(affine, shape[0], layers, hidden, context_features, activation)
+        core += interleaved(shape[0])
     else:
         core = [
             _realnvp_levels(affine, shape, layers, hidden, context_features, activation, levels)
@@ -172,7 +173,7 @@ def glow(
     shape, affine = as_shape(features), Affine(bound=bound)
     if len(shape) == 1:
         couplings = coupling_layers(affine, shape[0], depth, hidden, context_features, activation)
-        core = _mixed(couplings, shape[0])
+        core = [*_mixed(couplings, shape[0]), *interleaved(shape[0])]
     else:
         core = [_glow_levels(affine, shape, levels, depth, hidden, context_features, activation)]
     return flow_of(
@@ -283,7 +284,7 @@ def flowpp(
     shape, mixture = as_shape(features), Inverted(LogisticMixture(components, bound))
     if len(shape) == 1:
         couplings = coupling_layers(mixture, shape[0], layers, hidden, context_features, activation)
-        core = _mixed(couplings, shape[0])
+        core = [*_mixed(couplings, shape[0]), *interleaved(shape[0])]
     else:
 
         def net(inputs: int, outputs: int, size: tuple[int, int]) -> nn.Module:

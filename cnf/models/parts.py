@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from cnf.bijections import ScalarMap
 from cnf.nets import MADE, MLP
@@ -13,19 +14,27 @@ from cnf.transforms import (
     Autoregressive,
     Coupling,
     Elementwise,
+    Permutation,
     Transform,
-    alternating_mask,
+    half_mask,
 )
 
 
-def coupling_masks(features: int, layers: int) -> Iterator[Tensor]:
-    """Every other feature in turn, so that every two layers transform every feature.
+def interleaved(features: int) -> list[Permutation]:
+    """What goes at the data's end of couplings, so that their halves are every other feature.
 
     Neighbouring columns of a table tend to belong together, and this parts them: ``realnvp`` gained
     0.2 to 0.3 nats on tables of sensors and proteins against halves and random splits.
+
+    >>> interleaved(5)[0](torch.arange(5)).value
+    tensor([2, 0, 3, 1, 4])
     """
-    for layer in range(layers):
-        yield alternating_mask(features, flip=layer % 2 == 1)
+    if features < 3:
+        return []
+    places = torch.arange(features) // 2
+    return [
+        Permutation(torch.where(torch.arange(features) % 2 == 1, places, places + features // 2))
+    ]
 
 
 def coupling_layers(
@@ -37,8 +46,9 @@ def coupling_layers(
     activation: str,
     period: float | None = None,
 ) -> list[Transform]:
-    """Couplings of one scalar map; with one feature, the map conditioned on the context alone.
+    """Couplings that transform one half of the features and then the other, by one scalar map.
 
+    With one feature, the map is conditioned on the context alone.
     With a period, the networks see the features as angles.
     """
     size = scalar_map.size
@@ -48,7 +58,8 @@ def coupling_layers(
             for _ in range(layers)
         ]
     couplings: list[Transform] = []
-    for mask in coupling_masks(features, layers):
+    for layer in range(layers):
+        mask = half_mask(features, flip=layer % 2 == 1)
         inputs, outputs = int((~mask).sum()), int(mask.sum()) * size
         net: nn.Module = MLP(
             inputs if period is None else 2 * inputs,

@@ -8,9 +8,9 @@ from cnf.bijections import RationalQuadratic
 from cnf.distributions import Normal, Uniform
 from cnf.flow import Flow
 from cnf.models.framed import framed
-from cnf.models.parts import autoregressive_layers, coupling_layers, mixed
+from cnf.models.parts import autoregressive_layers, coupling_layers, interleaved, mixed
 from cnf.registry import MODELS
-from cnf.transforms import Autoregressive, Chain, LULinear, Transform
+from cnf.transforms import Autoregressive, Chain, LULinear, Permutation, Transform
 
 
 @MODELS.register(paper="Durkan et al., Neural spline flows, NeurIPS 2019", family="spline")
@@ -47,13 +47,15 @@ def nsf(
     """
     spline = RationalQuadratic(bins=bins, bound=bound)
     parts: list[Transform] | list[Autoregressive]
+    ends: list[Permutation] = []
     if autoregressive:
         parts = autoregressive_layers(
             spline, features, layers, hidden, context_features, activation, False
         )
     else:
         parts = coupling_layers(spline, features, layers, hidden, context_features, activation)
-    transform = Chain(mixed(parts, lambda: LULinear(features)))
+        ends = interleaved(features)
+    transform = Chain([*mixed(parts, lambda: LULinear(features)), *ends])
     return Flow(transform, Normal(features), context_features=context_features)
 
 
@@ -96,4 +98,9 @@ def ncsf(
         spline, features, layers, hidden, context_features, activation, period=2 * bound
     )
     base = Uniform(features, scale=bound)
-    return Flow(Chain(parts), base, context_features=context_features, standardize=False)
+    return Flow(
+        Chain([*parts, *interleaved(features)]),
+        base,
+        context_features=context_features,
+        standardize=False,
+    )
