@@ -115,6 +115,10 @@ def walk_adjoint(
     size, parts = velocity.proper_size, velocity.proper
     counted = in_norm[:parts] if any(in_norm[:parts]) else [True] * parts
     norm = error_norm(velocity.shapes[:parts], solver.norm, counted)
+    # the equations are linear in the adjoint: at the scale of one, atol means the same for the mean
+    # of a batch as for its sum
+    scale = gradient.abs().amax().clamp_min(torch.finfo(gradient.dtype).tiny)
+    gradient = gradient / scale
     sums = gradient.flip(0).cumsum(0)  # of the times from the last one on
     adjoint = gradient.new_zeros(size)
     rest = gradient.new_zeros(sum(parameter.numel() for parameter in tracked))
@@ -129,6 +133,6 @@ def walk_adjoint(
         for _, after, _ in advance(backward, flat, span, solver, measure, watch):
             flat = after
         adjoint, rest = flat[size : 2 * size], flat[2 * size :]
-    start = torch.cat([adjoint + gradient[0, :size], sums[-1, size:]])
-    grads = rest.split([parameter.numel() for parameter in tracked])
+    start = scale * torch.cat([adjoint + gradient[0, :size], sums[-1, size:]])
+    grads = (scale * rest).split([parameter.numel() for parameter in tracked])
     return start, [grad.view_as(parameter) for grad, parameter in zip(grads, tracked, strict=True)]
