@@ -97,7 +97,14 @@ def measure(
     shape = tuple(train.shape[1:])
     flow = MODELS[model](shape, bins)
     start = time.process_time()
-    history = cnf.fit(flow, train[128:], validation=train[:128], seconds=seconds, batch_size=batch)
+    history = cnf.fit(
+        flow,
+        train[128:],
+        validation=train[:128],
+        seconds=seconds,
+        batch_size=batch,
+        warmup=0.1,
+    )
     spent = time.process_time() - start
     continuous = any(isinstance(part, cnf.Continuous) for part in flow.modules())
     exact = not continuous or shape[-1] * shape[-2] <= EXACT_PIXELS

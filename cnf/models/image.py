@@ -41,7 +41,7 @@ def realnvp(
     layers: int = 8,
     hidden: tuple[int, ...] = (64, 64),
     activation: str = "relu",
-    bound: float = 3.0,
+    bound: float | None = None,
     levels: int = 2,
     dequantize: str = "none",
     bins: int = 256,
@@ -60,7 +60,7 @@ def realnvp(
         hidden: sizes of the hidden layers of each coupling's network; for images, channels of the
             blocks of its residual network (the paper: four or eight of 64 or 32).
         activation: of the networks.
-        bound: the log-scale is bounded smoothly to (-bound, bound).
+        bound: the log-scale is bounded smoothly to (-bound, bound); None takes 3, for images 1.
         levels: of an image; the paper goes down to 4×4 pixels.
         dequantize: ``"none"`` for continuous x; ``"uniform"`` or ``"variational"`` for integers.
         bins: the integers are 0, …, bins - 1.
@@ -75,7 +75,8 @@ def realnvp(
         >>> realnvp((1, 8, 8), hidden=(8,), dequantize="uniform").sample((5,)).shape
         torch.Size([5, 1, 8, 8])
     """
-    shape, affine = as_shape(features), Affine(bound=bound)
+    shape = as_shape(features)
+    affine = _affine(shape, bound)
     core: list[Transform]
     if len(shape) == 1:
         core = coupling_layers(affine, shape[0], layers, hidden, context_features, activation)
@@ -136,7 +137,7 @@ def glow(
     depth: int = 8,
     hidden: tuple[int, ...] = (64, 64),
     activation: str = "relu",
-    bound: float = 3.0,
+    bound: float | None = None,
     dequantize: str = "none",
     bins: int = 256,
     margin: float | None = 0.05,
@@ -153,7 +154,7 @@ def glow(
         depth: K, steps on each level. The paper has 32.
         hidden: channels of the hidden layers of each network. The paper has (512, 512).
         activation: of the networks.
-        bound: the log-scale is bounded smoothly to (-bound, bound).
+        bound: the log-scale is bounded smoothly to (-bound, bound); None takes 3, for images 1.
         dequantize: ``"none"`` for continuous x; ``"uniform"`` (the paper's) or ``"variational"``
             for integers.
         bins: the integers are 0, …, bins - 1.
@@ -170,7 +171,8 @@ def glow(
         >>> flow.encode(torch.zeros(5, 1, 8, 8)).shape
         torch.Size([5, 64])
     """
-    shape, affine = as_shape(features), Affine(bound=bound)
+    shape = as_shape(features)
+    affine = _affine(shape, bound)
     if len(shape) == 1:
         couplings = coupling_layers(affine, shape[0], depth, hidden, context_features, activation)
         core = [*_mixed(couplings, shape[0]), *interleaved(shape[0])]
@@ -320,6 +322,13 @@ def _flowpp_core(
         Squeeze(),
         *checkerboard_steps(scalar_map, event_shape, layers, net, mix=True),
     ]
+
+
+def _affine(shape: Shape, bound: float | None) -> Affine:
+    """A map of bounded scale: many pixels, each stretched by exp(3), overflow in a few layers."""
+    if bound is None:
+        bound = 3.0 if len(shape) == 1 else 1.0
+    return Affine(bound=bound)
 
 
 def _mixed(couplings: Sequence[Transform], features: int) -> list[Transform]:

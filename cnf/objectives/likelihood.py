@@ -63,8 +63,11 @@ class MaximumLikelihood(Objective):
         drop_context: float | None = None,
     ):
         super().__init__(flow)
-        if any(isinstance(p, Continuous) and event_dims(p.field) == 1 for p in flow.modules()):
+        fields = [p.field for p in flow.modules() if isinstance(p, Continuous)]
+        if any(event_dims(field) == 1 for field in fields):
             self.lr = 1e-2  # small smooth fields take larger steps than couplings do
+        elif len(flow.event_shape) > 1 and not fields:
+            self.lr = 2e-3  # couplings of many pixels diverge with more before they learn
         if tolerance is not None and not tolerance > 0:
             raise ValueError(f"tolerance must be positive or None, got {tolerance}")
         if not 0.0 <= end_time_spread < 1.0:
