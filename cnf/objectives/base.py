@@ -37,7 +37,8 @@ class Batch(NamedTuple):
         """The rows so many times over."""
         if times == 1:
             return self
-        return Batch(*[part if part is None else torch.cat([part] * times) for part in self])
+        context, weight = (part if part is None else torch.cat([part] * times) for part in self[1:])
+        return Batch(torch.cat([self.x] * times), context, weight)
 
 
 class Loss(NamedTuple):
