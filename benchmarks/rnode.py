@@ -26,8 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument(
         "--weights", type=float, nargs="+", default=[0.0, 0.01, 0.1],
-        help="of both costs at the start of a training; 0 is plain FFJORD",
+        help="of the kinetic energy at the start of a training; 0 is plain FFJORD",
     )  # fmt: skip
+    parser.add_argument(
+        "--jacobian", type=float, default=1.0, help="the Jacobian norm's weight relative to it"
+    )
     parser.add_argument(
         "--decay", type=float, default=10.0, help="by what the weights have fallen at its end"
     )
@@ -46,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     for name in options.targets:
         found = rows.setdefault(name, [])
         for weight in options.weights:
-            if all(row[""] != label(weight) for row in found):
+            if all(row[""] != label(weight, options.jacobian) for row in found):
                 found.append(measure(name, weight, options))
                 # what is known so far, in case the rest is interrupted
                 harness.write("rnode", [harness.table(*pair, note) for pair in rows.items()])
@@ -59,9 +62,9 @@ def _known(note: str) -> dict[str, list[dict[str, Any]]]:
     return {table["title"]: table["rows"] for table in tables if table["note"] == note}
 
 
-def label(weight: float) -> str:
+def label(weight: float, jacobian: float) -> str:
     """What a row is called."""
-    return f"RNODE, weights {weight:g}" if weight else "FFJORD"
+    return f"RNODE, weights {weight:g} and {weight * jacobian:g}" if weight else "FFJORD"
 
 
 def measure(name: str, weight: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -72,8 +75,13 @@ def measure(name: str, weight: float, options: argparse.Namespace) -> dict[str, 
     costs = {}
     if weight:
         # equal factors in equal times; a fixed weight would blur the density to the end
-        falling = functools.partial(_falling, weight, options.decay)
-        costs = {cnf.KineticEnergy(): falling, cnf.JacobianNorm(): falling}
+        costs = {
+            cost: functools.partial(_falling, factor * weight, options.decay)
+            for cost, factor in (
+                (cnf.KineticEnergy(), 1.0),
+                (cnf.JacobianNorm(), options.jacobian),
+            )
+        }
     objective = cnf.MaximumLikelihood(flow, costs=costs)
     history = cnf.fit(
         flow, target, objective=objective, steps=options.steps, batch_size=options.batch, seed=SEED,
@@ -85,7 +93,7 @@ def measure(name: str, weight: float, options: argparse.Namespace) -> dict[str, 
         request = cnf.Request(costs=(cnf.KineticEnergy(), cnf.JacobianNorm()))
         found = flow.evaluate(x[:SOLVED], request=request).costs
     return {
-        "": label(weight),
+        "": label(weight, options.jacobian),
         "gap": float(gap.mean()),
         "±": float(gap.std()) / math.sqrt(len(gap)),
         "NFE, batch norm": evaluations(flow, x[:SOLVED], "batch"),

@@ -11,7 +11,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from cnf.distributions import Normal
 from cnf.flow import Flow
-from cnf.objectives import Loss, MaximumLikelihood, Objective
+from cnf.models import ffjord
+from cnf.objectives import FlowMatching, Loss, MaximumLikelihood, Objective
 from cnf.ode import NonFiniteState
 from cnf.training import History, TrainingError, fit
 from cnf.training.averaging import Average
@@ -706,3 +707,14 @@ def test_auto_takes_what_there_is():
     flow = affine()
     fit(flow, gaussian(100), steps=1, device="auto")
     assert flow.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_stage_that_has_enough_leaves_the_rest_to_the_next():
+    flow = ffjord(2, hidden=(8,))
+    first, second = FlowMatching(flow), MaximumLikelihood(flow)
+    first.enough = 5
+    history = fit(flow, gaussian(300), objective=(first, second), shares=(3, 1), steps=12)
+    assert [step for _, step in history.stages] == [0, 5]
+    assert history.steps == 12
+    # alone, or last, an objective uses its whole budget
+    assert fit(flow, gaussian(300), objective=first, steps=8).steps == 8

@@ -66,6 +66,7 @@ class FlowMatching(Objective):
     """
 
     share = 1.5  # what its steps bring costs the likelihood ten times as much
+    enough = 5_000
     step_cost = 0.05  # one velocity and its gradient beside a solve with its divergence
     lr = 2e-2  # a regression on noisy targets: the average of the weights, not lr, settles them
 

@@ -83,6 +83,7 @@ def stage(
     seconds: float | None,
     *,
     start: tuple[int, float],
+    enough: int | None = None,
 ) -> Budget:
     """The budget of stage ``index`` when the whole is divided by ``shares``.
 
@@ -92,12 +93,16 @@ def stage(
         steps: steps of the whole run, or None.
         seconds: seconds of the whole run, or None.
         start: the step and the seconds at which the stage starts.
+        enough: steps after which the stage leaves the rest to those that follow.
     """
     part = sum(shares[: index + 1]) / sum(shares)
     first, began = start
+    last = None if steps is None else max(round(steps * part), min(first + 1, steps))
+    if enough is not None and index + 1 < len(shares):
+        last = first + enough if last is None else min(last, first + enough)
     return Budget(
         first_step=first,
-        last_step=None if steps is None else max(round(steps * part), min(first + 1, steps)),
+        last_step=last,
         start=began,
         end=None if seconds is None else seconds * part,
     )

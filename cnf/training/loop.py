@@ -71,7 +71,7 @@ def fit(
         objective: what to minimise: an objective of this flow, a name, or several that run in
             turn. None means what the flow's paper trains with, or else the likelihood.
         shares: how several objectives divide the budget; None takes each objective's own share:
-            flow matching has half as much as what follows it.
+            flow matching has three fifths, or 5,000 steps if those are less, before the likelihood.
         context: the context of the data, ``(rows, context_features)``.
         weights: how much each row of the data counts, ``(rows,)``, not negative; only their ratios
             matter. A row of weight 2 is one that is there twice, a row of weight 0 is not there.

@@ -178,10 +178,15 @@ class Run:
     def _stage(self, index: int, step: int, elapsed: float) -> Stage:
         """The stage of objective ``index``, starting at a step and a time."""
         settings = self.settings
-        share = budget.stage(
-            index, settings.shares, settings.steps, settings.seconds, start=(step, elapsed)
-        )
         objective = self.objectives[index][1]
+        share = budget.stage(
+            index,
+            settings.shares,
+            settings.steps,
+            settings.seconds,
+            start=(step, elapsed),
+            enough=objective.enough,
+        )
         updater = Updater(
             objective,
             lr=objective.lr if settings.lr is None else settings.lr,
