@@ -17,6 +17,7 @@ COMMANDS = {
     "scaling": "cost by batch and by dimension",
     "gpu": "continuous flows on a CUDA device",
     "images": "bits per dimension of images, and pictures of samples",
+    "gradients": "exactness of likelihood gradients at training tolerances",
     "rnode": "what path costs save in evaluations, and their price",
     "accuracy": "numerical accuracy of trained flows",
     "roundtrip": "x to z and back through every model after fitting moons",
