@@ -236,8 +236,8 @@ TRANSFORMS = [
 ]
 
 
-def models(features: int, context: int) -> list[Member]:
-    """Every registered model for tables, at a size that is quick to test."""
+def models(features: int, context: int, most: int = 4) -> list[Member]:
+    """Every registered model for tables, quick to test, with at most so many layers."""
     small = {"hidden": (8, 8), "context_features": context}
     builders = {
         "ffjord": lambda solver: cnf.ffjord(features, solver=solver, **small),
@@ -252,39 +252,41 @@ def models(features: int, context: int) -> list[Member]:
             features, width=6, context_features=context, solver=solver
         ),
         "nice": lambda solver: cnf.nice(features, **small),
-        "realnvp": lambda solver: cnf.realnvp(features, layers=4, **small),
-        "glow": lambda solver: cnf.glow(features, depth=3, **small),
-        "flowpp": lambda solver: cnf.flowpp(features, layers=3, components=4, **small),
+        "realnvp": lambda solver: cnf.realnvp(features, layers=most, **small),
+        "glow": lambda solver: cnf.glow(features, depth=min(3, most), **small),
+        "flowpp": lambda solver: cnf.flowpp(features, layers=min(3, most), components=4, **small),
         "nice, logistic base": lambda solver: cnf.nice(features, base="logistic", **small),
-        "maf": lambda solver: cnf.maf(features, layers=3, **small),
-        "iaf": lambda solver: cnf.iaf(features, layers=3, **small),
-        "nsf": lambda solver: cnf.nsf(features, layers=3, bins=4, **small),
+        "maf": lambda solver: cnf.maf(features, layers=min(3, most), **small),
+        "iaf": lambda solver: cnf.iaf(features, layers=min(3, most), **small),
+        "nsf": lambda solver: cnf.nsf(features, layers=min(3, most), bins=4, **small),
         "nsf, autoregressive": lambda solver: cnf.nsf(
-            features, layers=3, bins=4, autoregressive=True, **small
+            features, layers=min(3, most), bins=4, autoregressive=True, **small
         ),
-        "naf": lambda solver: cnf.naf(features, layers=2, units=4, **small),
-        "unaf": lambda solver: cnf.unaf(features, layers=2, units=3, **small),
-        "bpf": lambda solver: cnf.bpf(features, layers=2, degree=5, **small),
-        "sospf": lambda solver: cnf.sospf(features, layers=2, polynomials=2, degree=1, **small),
+        "naf": lambda solver: cnf.naf(features, layers=min(2, most), units=4, **small),
+        "unaf": lambda solver: cnf.unaf(features, layers=min(2, most), units=3, **small),
+        "bpf": lambda solver: cnf.bpf(features, layers=min(2, most), degree=5, **small),
+        "sospf": lambda solver: cnf.sospf(
+            features, layers=min(2, most), polynomials=2, degree=1, **small
+        ),
         "bnaf": lambda solver: cnf.bnaf(
-            features, context_features=context, layers=2, units=3, hidden=2
+            features, context_features=context, layers=min(2, most), units=3, hidden=2
         ),
         "gaussianization": lambda solver: cnf.gaussianization(
-            features, layers=2, components=3, **small
+            features, layers=min(2, most), components=3, **small
         ),
-        "planar": lambda solver: cnf.planar(features, layers=3, **small),
+        "planar": lambda solver: cnf.planar(features, layers=min(3, most), **small),
         "planar, forward": lambda solver: cnf.planar(
-            features, layers=3, formula="forward", **small
+            features, layers=min(3, most), formula="forward", **small
         ),
-        "radial": lambda solver: cnf.radial(features, layers=3, **small),
-        "sylvester": lambda solver: cnf.sylvester(features, layers=2, **small),
-        "residual flow": lambda solver: cnf.residual_flow(features, layers=2, **small),
+        "radial": lambda solver: cnf.radial(features, layers=min(3, most), **small),
+        "sylvester": lambda solver: cnf.sylvester(features, layers=min(2, most), **small),
+        "residual flow": lambda solver: cnf.residual_flow(features, layers=min(2, most), **small),
         "mixture": lambda solver: cnf.mixture(
             features,
             components=("nice", ("nsf", {"bins": 3, "layers": 2, "hidden": (8,)})),
             **small,
         ),
-        "ncsf": lambda solver: cnf.ncsf(features, layers=2, bins=3, **small),
+        "ncsf": lambda solver: cnf.ncsf(features, layers=min(2, most), bins=3, **small),
     }
     windows = {"ncsf": (-math.pi, math.pi)}
     return [
@@ -300,14 +302,14 @@ def models(features: int, context: int) -> list[Member]:
     ]
 
 
-def image_models(event: tuple[int, ...], context: int) -> list[Member]:
-    """Every registered model for images, on images without units of their own."""
+def image_models(event: tuple[int, ...], context: int, most: int = 2) -> list[Member]:
+    """Every registered model for images without units of their own, with at most so many layers."""
     small = {"hidden": (4,), "context_features": context}
     builders = {
         "ffjord": lambda solver: cnf.ffjord(event, levels=2, solver=solver, **small),
-        "realnvp": lambda solver: cnf.realnvp(event, layers=2, **small),
-        "glow": lambda solver: cnf.glow(event, depth=2, **small),
-        "flowpp": lambda solver: cnf.flowpp(event, layers=2, components=3, heads=2, **small),
+        "realnvp": lambda solver: cnf.realnvp(event, layers=most, **small),
+        "glow": lambda solver: cnf.glow(event, depth=most, **small),
+        "flowpp": lambda solver: cnf.flowpp(event, layers=most, components=3, heads=2, **small),
     }
     return [
         Member(f"{name}, {event}, C={context}", build, event, context, spread=0.05)

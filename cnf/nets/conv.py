@@ -222,8 +222,8 @@ class _AttentionBlock(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map ``(batch, width, height, width)`` to the same shape."""
-        change = self.convolution(self.activation(hidden)).movedim(1, -1)
-        hidden = hidden.movedim(1, -1)
+        change = _channels_last(self.convolution(self.activation(hidden)))
+        hidden = _channels_last(hidden)
         gated = nn.functional.glu(self.gate(self.activation(change)), -1)
         hidden = self.norms[0](hidden + gated)
         gated = nn.functional.glu(self.attended(self._attend(hidden)), -1)
@@ -236,6 +236,11 @@ class _AttentionBlock(nn.Module):
         query, key, value = split.permute(2, 0, 3, 1, 4)
         seen = nn.functional.scaled_dot_product_attention(query, key, value)
         return seen.transpose(1, 2).reshape(hidden.shape)
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """Channels in the last axis, in a copy: compilers may be wrong on a convolution's strides."""
+    return images.movedim(1, -1).clone(memory_format=torch.contiguous_format)
 
 
 def _check_widths(hidden: Sequence[int]) -> None:
