@@ -241,7 +241,7 @@ def test_one_array_of_several(tmp_path):
     path = tmp_path / "a.npz"
     np.savez(path, train=normal(5), test=normal(3))
     assert read(path, key="test").x.shape == (3, 2)
-    with pytest.raises(DataError, match=r"train \(5, 2\), test \(3, 2\); name one in"):
+    with pytest.raises(DataError, match=r"train \(5, 2\), test \(3, 2\); name one with"):
         read(path)
     with pytest.raises(DataError, match=r"no array 'tset'\. Did you mean 'test'"):
         read(path, key="tset")
