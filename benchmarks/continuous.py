@@ -118,6 +118,17 @@ def flow_with(field: TimeMLP, solver: cnf.Solver, dtype: torch.dtype = torch.flo
 # --- training steps -----------------------------------------------------------------------------
 
 
+def compared(found: Found, truth: Found) -> dict[str, Any]:
+    """A training step's work, and how far it is from the truth."""
+    error = (found.gradient.double() - truth.gradient).norm() / truth.gradient.norm()
+    return {
+        "NFE": found.forward,
+        "NFE backward": found.backward,
+        "loss error": abs(found.loss - truth.loss),
+        "gradient error": float(error),
+    }
+
+
 def training_steps(batch: int, rounds: int, *, hutchinson: bool = False) -> dict[str, Any]:
     """Everyone's likelihood training step at one batch size."""
     field, data = trained(2)
@@ -134,14 +145,7 @@ def training_steps(batch: int, rounds: int, *, hutchinson: bool = False) -> dict
         step.call()
         first = time.perf_counter() - start
         found = step.look()
-        error = (found.gradient.double() - truth.gradient).norm() / truth.gradient.norm()
-        notes[name] = {
-            "NFE": found.forward,
-            "NFE backward": found.backward,
-            "loss error": abs(found.loss - truth.loss),
-            "gradient error": float(error),
-            "first call s": first,
-        }
+        notes[name] = {**compared(found, truth), "first call s": first}
         entrants[name] = step.call
         harness.say(f"batch {batch}, {name}: first call {first:.1f} s")
     work = notes["cnf checkpoint"]

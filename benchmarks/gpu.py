@@ -52,12 +52,8 @@ def training_steps(field: TimeMLP, x: Tensor, rounds: int) -> dict[str, Any]:
         wait(x)
         first = time.perf_counter() - start
         found = step.look()
-        error = (found.gradient.double() - truth.gradient).norm() / truth.gradient.norm()
         notes[name] = {
-            "NFE": found.forward,
-            "NFE backward": found.backward,
-            "loss error": abs(found.loss - truth.loss),
-            "gradient error": float(error),
+            **continuous.compared(found, truth),
             "peak MB": peak(step.call, x),
             "first call s": first,
         }

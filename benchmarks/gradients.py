@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -32,8 +31,7 @@ def run(options: argparse.Namespace) -> None:
     x = flow.scaling.inverse(x).value
     part = flow.transform
 
-    def ours(mode: str, tolerance: float, like: cnf.Solver | None = None) -> tuple[Tensor, ...]:
-        solver = like or cnf.Solver(rtol=tolerance, atol=tolerance, norm="batch", gradient=mode)
+    def ours(solver: cnf.Solver) -> tuple[Tensor, int, int]:
         part.solver = solver
         flow.zero_grad()
         with cnf.count_nfe() as work:
@@ -41,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
             (-(flow.base.log_prob(z) + log_det).mean()).backward()
         return _flat(flow), work.forward, work.backward
 
-    def theirs(tolerance: float) -> tuple[Any, ...]:
+    def theirs(tolerance: float) -> tuple[Tensor, int, int]:
         net = FFJORD(2, tolerance=tolerance)
         net.net.take(part.field)
         loss = -net.log_prob(x).mean()
@@ -49,19 +47,14 @@ def run(options: argparse.Namespace) -> None:
         loss.backward()
         return net.net.gradient(), forward, net.net.calls
 
-    tight = cnf.Solver("dopri8", rtol=1e-6, atol=1e-6, gradient="checkpoint")
-    truth = ours("checkpoint", 1e-6, tight)[0]
+    truth = ours(cnf.Solver("dopri8", rtol=1e-6, atol=1e-6, gradient="checkpoint"))[0]
     rows = []
     for tolerance in TOLERANCES:
-        known: dict[str, Callable[[], tuple[Any, ...]]] = {
-            "FFJORD's method": lambda tolerance=tolerance: theirs(tolerance),
-            **{
-                f"cnf, {mode}": lambda mode=mode, tolerance=tolerance: ours(mode, tolerance)
-                for mode in MODES
-            },
-        }
-        for name, entrant in known.items():
-            gradient, forward, backward = entrant()
+        found = {"FFJORD's method": theirs(tolerance)}
+        loose = cnf.Solver(rtol=tolerance, atol=tolerance, norm="batch")
+        for mode in MODES:
+            found[f"cnf, {mode}"] = ours(dataclasses.replace(loose, gradient=mode))
+        for name, (gradient, forward, backward) in found.items():
             rows.append(
                 {
                     "": name,

@@ -18,6 +18,7 @@ from torch import Tensor
 import cnf
 from benchmarks import harness
 from cnf import plots
+from examples.digits import load
 
 Shape = tuple[int, ...]
 
@@ -77,16 +78,6 @@ def run(options: argparse.Namespace) -> None:
         cool[f"{model}, temperature 0.7"], warm[f"{model}, temperature 1"] = samples
         picture = plots.images({**cool, **warm}, high=bins - 1, columns=4, across=len(cool))
         plots.write(picture, options.pictures / f"{name}.png")
-
-
-def load(mnist: Path | None) -> tuple[Tensor, Tensor, int]:
-    """Images to train and to test on, and how many values a pixel has."""
-    if mnist is not None:
-        train, test = (cnf.data.images(mnist, key=k, shape=(28, 28)) for k in ("train", "test"))
-        return train, test, 256
-    x = cnf.data.digits()
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    return x[order[300:]], x[order[:300]], 17
 
 
 def measure(

@@ -98,8 +98,8 @@ class TimeMLP(Field):
     def trace(self, t: Tensor, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """The velocity and tr J at one scalar time, without forming J."""
         layers = self.layers.at(t, context)
-        columns, width, depth = self.features, max(self.layers.sizes[1:-1], default=0), len(layers)
-        if depth > 2 and columns * (depth - 2) <= width * (depth - 3) and self._can_fuse(layers):
+        width = max(self.layers.sizes[1:-1], default=0)
+        if _pushes_inputs(self.features, width, len(layers)) and self._can_fuse(layers):
             velocity, trace = self._fused(layers, x, None)
             return velocity, trace[0]
         *inner, last = layers
@@ -154,6 +154,11 @@ class TimeMLP(Field):
         return f"{self.layers.sizes}"
 
 
+def _pushes_inputs(columns: int, width: int, depth: int) -> bool:
+    """Whether pushing the columns of the first layer is less work than those of the second."""
+    return depth > 3 and columns * (depth - 2) <= width * (depth - 3)
+
+
 def trace_of_product(weights: list[Tensor], slopes: list[Tensor]) -> Tensor:
     """tr(Wₙ Sₙ₋₁ Wₙ₋₁ … S₁ W₁) with S = diag(slopes), one trace per sample.
 
@@ -174,7 +179,7 @@ def trace_of_product(weights: list[Tensor], slopes: list[Tensor]) -> Tensor:
     if len(weights) == 3:
         return ((slopes[0] @ (weights[1] * cycle.T).T) * slopes[1]).sum(-1)
     columns, width, depth = first.shape[1], first.shape[0], len(weights)
-    if columns * (depth - 2) <= width * (depth - 3):
+    if _pushes_inputs(columns, width, depth):
         start, rest, close = 0, first.T, last
         carry = rest.reshape(columns, *[1] * (slopes[0].dim() - 1), width)
     else:

@@ -151,7 +151,7 @@ def _again(
     x: Tensor,
     tangents: Tensor | None,
     layers: Sequence[Tensor],
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """The gradients as functions that can be differentiated once more."""
     inputs = [tensor.view_as(tensor) for tensor in (x, *layers)]
     found = plain(
@@ -159,7 +159,7 @@ def _again(
     )
     used = [tensor for tensor in inputs if tensor.requires_grad]
     grads = iter(torch.autograd.grad(found, used, (value, products), create_graph=True))
-    return [next(grads) if tensor.requires_grad else None for tensor in inputs]  # type: ignore[misc]
+    return [next(grads) if tensor.requires_grad else None for tensor in inputs]
 
 
 def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:

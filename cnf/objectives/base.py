@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -35,10 +36,12 @@ class Batch(NamedTuple):
 
     def repeated(self, times: int) -> Batch:
         """The rows so many times over."""
-        if times == 1:
-            return self
-        context, weight = (part if part is None else torch.cat([part] * times) for part in self[1:])
-        return Batch(torch.cat([self.x] * times), context, weight)
+        return self if times == 1 else self.map(lambda part: torch.cat([part] * times))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The same function of every part that there is."""
+        context, weight = (None if part is None else function(part) for part in self[1:])
+        return Batch(function(self.x), context, weight)
 
 
 class Loss(NamedTuple):

@@ -31,7 +31,6 @@ class Backward:
         self.tracked = tracked
         self.sources = sources
         self.size = velocity.proper_size
-        self.sizes = [parameter.numel() for parameter in tracked]
 
     def __call__(self, t: Tensor, flat: Tensor) -> Tensor:
         """The derivative of the flat (y, a, g), all of it by the time of the forward pass."""
@@ -119,13 +118,13 @@ def walk_adjoint(
     # of a batch as for its sum
     scale = gradient.abs().amax().clamp_min(torch.finfo(gradient.dtype).tiny)
     gradient = gradient / scale
-    sums = gradient.flip(0).cumsum(0)  # of the times from the last one on
-    adjoint = gradient.new_zeros(size)
-    rest = gradient.new_zeros(sum(parameter.numel() for parameter in tracked))
+    sizes = [parameter.numel() for parameter in tracked]
+    adjoint, constant = torch.zeros_like(gradient[0]).tensor_split([size])
+    rest = gradient.new_zeros(sum(sizes))
     for index in range(len(points) - 1, 0, -1):
-        sources = velocity.split_integrals(sums[len(points) - 1 - index, size:])
-        backward = Backward(velocity, tracked, sources)
         adjoint = adjoint + gradient[index, :size]
+        constant = constant + gradient[index, size:]
+        backward = Backward(velocity, tracked, velocity.split_integrals(constant))
         # the solution is known at every requested time: what the way back has lost is made good
         flat = torch.cat([solution[index, :size], adjoint, rest])
         span = (points[index], points[index - 1])
@@ -133,6 +132,6 @@ def walk_adjoint(
         for _, after, _ in advance(backward, flat, span, solver, measure, watch):
             flat = after
         adjoint, rest = flat[size : 2 * size], flat[2 * size :]
-    start = scale * torch.cat([adjoint + gradient[0, :size], sums[-1, size:]])
-    grads = (scale * rest).split([parameter.numel() for parameter in tracked])
+    start = scale * (torch.cat([adjoint, constant]) + gradient[0])
+    grads = (scale * rest).split(sizes)
     return start, [grad.view_as(parameter) for grad, parameter in zip(grads, tracked, strict=True)]

@@ -25,6 +25,8 @@ METHODS = tuple(SOLVERS)
 GRADIENTS = ("adjoint", "backprop", "checkpoint")
 NORMS = ("batch", "sample")
 
+# what only torchdiffeq's own loop over steps knows how to do
+_LOOP_OPTIONS = {"step_t", "jump_t", "perturb"}
 _ADAPTIVE_OPTIONS = (
     "first_step", "max_step", "safety", "ifactor", "dfactor", "step_t", "jump_t",
 )  # fmt: skip
@@ -143,7 +145,7 @@ class Solver:
                 f"gradient='checkpoint' recomputes single steps, which {self.method!r} does not "
                 "have; use a Runge-Kutta method, or gradient='adjoint'"
             )
-        if self.gradient == "checkpoint" and self.options.keys() & {"step_t", "jump_t", "perturb"}:
+        if self.gradient == "checkpoint" and self.options.keys() & _LOOP_OPTIONS:
             raise ValueError(
                 "gradient='checkpoint' takes none of the options step_t, jump_t and perturb; ask "
                 "integrate for those times, or use gradient='backprop'"
@@ -170,9 +172,8 @@ class Solver:
     def walks(self) -> bool:
         """Whether our own stepper takes its steps: one-step methods without times to stop at."""
         methods = {self.method, self.backward_method}
-        return methods <= {*ADAPTIVE, *ONE_STEP} and not (
-            {*self.options, *self.adjoint_options} & {"step_t", "jump_t", "perturb"}
-        )
+        options = {*self.options, *self.adjoint_options}
+        return methods <= {*ADAPTIVE, *ONE_STEP} and not options & _LOOP_OPTIONS
 
     def backwards(self) -> Solver:
         """The solver of the adjoint's backward pass, as one that goes forward."""

@@ -51,8 +51,7 @@ class TensorRows:
     def batch(self, indices: Tensor) -> Batch:
         """The rows at ``indices``, in that order."""
         indices = indices.to(self.x.device)
-        parts = (self.x, self.context, self.weight)
-        return Batch(*[None if t is None else t.index_select(0, indices) for t in parts])  # type: ignore[arg-type]
+        return Batch(self.x, self.context, self.weight).map(lambda t: t.index_select(0, indices))
 
     def subset(self, indices: Tensor) -> TensorRows:
         """Only the rows at ``indices``."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from cnf.objectives import Objective, build_objective
 from cnf.registry import MODELS
@@ -224,5 +223,5 @@ def _initialize(
         many = rows.batch(drawn.cpu())
     if standardize:
         flow.standardize(many.x, many.context)
-    few: list[Tensor | None] = [None if t is None else t[:batch_size] for t in many[:2]]
-    flow.initialize(few[0], few[1], Request(generator=noise))
+    few = many.map(lambda part: part[:batch_size])
+    flow.initialize(few.x, few.context, Request(generator=noise))

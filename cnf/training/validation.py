@@ -33,14 +33,15 @@ class Validator:
 
     def __init__(self, held: Batch):
         rows = min(len(held.x), ROWS)
-        self.held = _first(held, rows)
+        self.held = held.map(lambda part: part[:rows])
 
     def __len__(self) -> int:
         return len(self.held.x)
 
     def limit(self, rows: float) -> None:
         """Use no more than this many rows from now on, but at least 256 where there are."""
-        self.held = _first(self.held, max(256, int(min(rows, len(self)))))
+        count = max(256, int(min(rows, len(self))))
+        self.held = self.held.map(lambda part: part[:count])
 
     def limit_work(self, rows: int, step_cost: float) -> None:
         """Use so few rows that validating them takes a tenth of training on ``rows`` in all.
@@ -53,7 +54,7 @@ class Validator:
 
     def limit_seconds(self, flow: Flow, seconds: float) -> None:
         """Use so few rows that scoring them once, while it is easy, takes 0.5 % of the budget."""
-        chunk = _first(self.held, CHUNK)
+        chunk = self.held.map(lambda part: part[:CHUNK])
         start = time.perf_counter()
         self._score(flow, chunk)
         taken = time.perf_counter() - start
@@ -119,8 +120,3 @@ class Timetable:
         self.step, self.progress = step, progress
         self.spent += seconds
         self.latest = seconds
-
-
-def _first(rows: Batch, count: int) -> Batch:
-    parts = [None if tensor is None else tensor[:count] for tensor in rows]
-    return Batch(*parts)  # type: ignore[arg-type]
