@@ -12,6 +12,7 @@ from cnf.flow import Flow
 from cnf.models.framed import framed
 from cnf.models.pixels import flow_of
 from cnf.nets import ConditionedMLP, ConvField, PotentialField, ResidualField, TimeMLP
+from cnf.nets.conditioning import ADAPTERS
 from cnf.ode import Solver
 from cnf.registry import MODELS, unknown_name
 from cnf.transforms import (
@@ -111,6 +112,13 @@ def ffjord(
         raise ValueError(
             "levels, strides and squeeze are for images, features=(channels, height, width)"
         )
+    if len(shape) == 3 and (field, context_by) != ("mlp", "concat"):
+        raise ValueError(
+            "field and context_by are for vectors: the velocity of an image is convolutional, and "
+            "a context shifts the channels of its layers; leave both away"
+        )
+    if blocks < 1:
+        raise ValueError(f"blocks must be a positive integer, got {blocks}")
 
     def velocity(shape: Shape) -> nn.Module:
         if len(shape) == 1:
@@ -264,6 +272,11 @@ def otflow(
         >>> otflow(2).log_prob(torch.zeros(4, 2)).shape
         torch.Size([4])
     """
+    if len(as_shape(features)) != 1:
+        raise ValueError(
+            f"the potential is one of vectors, features=D, got {features}; flatten images, or use "
+            "ffjord or rnode"
+        )
     potential = PotentialField(
         features, width, layers, rank=rank, context_features=context_features
     )
@@ -301,6 +314,8 @@ def _vector_field(
             activation=activation,
             context_features=context_features,
         )
+    if context_by not in ("concat", *ADAPTERS):
+        raise unknown_name("way of conditioning", context_by, {"concat": None, **ADAPTERS})
     if context_by == "concat" or not context_features:
         return TimeMLP(
             features,

@@ -170,17 +170,27 @@ def pair(
         return z
     if context is None:
         return z[coupling.choose(z, x, generator)]
-    # NaN equals nothing, and contexts that are missing are all alike
-    told = torch.where(context.isnan(), math.inf, context)
-    values, group = torch.unique(told, dim=0, return_inverse=True)
-    if len(values) == len(x) >= TELLING:
-        raise ValueError(
-            f"{coupling} pairs base and data within equal contexts, and all {len(x)} contexts of "
-            "this batch differ: pairing across contexts would bias the conditional densities, so "
-            "a continuous context needs coupling='independent'"
-        )
+    values, group = groups(coupling, context)
     paired = z.clone()
     for number in range(len(values)):
         (rows,) = torch.nonzero(group == number, as_tuple=True)
         paired[rows] = z[rows][coupling.choose(z[rows], x[rows], generator)]
     return paired
+
+
+def groups(coupling: Coupling, context: Tensor) -> tuple[Tensor, Tensor]:
+    """The contexts that occur, ``(groups, context_features)``, and each row's place among them.
+
+    Raises:
+        ValueError: if no two contexts are equal, so that a coupling has nothing to choose from.
+    """
+    # NaN equals nothing, and contexts that are missing are all alike
+    told = torch.where(context.isnan(), math.inf, context)
+    values, group = torch.unique(told, dim=0, return_inverse=True)
+    if len(values) == len(context) >= TELLING:
+        raise ValueError(
+            f"{coupling} pairs base and data within equal contexts, and all {len(context)} "
+            "contexts of this batch differ: pairing across contexts would bias the conditional "
+            "densities, so a continuous context needs coupling='independent'"
+        )
+    return values, group

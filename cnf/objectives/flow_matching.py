@@ -20,7 +20,7 @@ from cnf.objectives.base import (
     mean,
     without_context,
 )
-from cnf.objectives.coupling import Coupling, Independent, as_coupling, pair
+from cnf.objectives.coupling import Coupling, Independent, as_coupling, groups, pair
 from cnf.objectives.paths import Path, Times, as_path, as_times
 from cnf.transforms import Chain, Continuous
 from cnf.transforms.base import Request, Transform
@@ -117,6 +117,8 @@ class FlowMatching(Objective):
         """The loss of one batch; ``terms`` holds ``"velocity error"``, the squared error."""
         flow = self.flow
         part, outside = continuous_part(flow)
+        if self.coupling.joint and batch.context is not None:
+            groups(self.coupling, batch.context)  # refused here: repeated contexts are never alone
         batch = batch.repeated(self.draws)
         # with its gradient: a flow may train an encoder of it
         context = self._context(batch, generator)

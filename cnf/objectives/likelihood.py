@@ -75,6 +75,11 @@ class MaximumLikelihood(Objective):
                 f"end_time_spread must lie in [0, 1), got {end_time_spread}: at 1 the flow could "
                 "be asked to run for no time at all"
             )
+        if not isinstance(costs or {}, Mapping) or not all(hasattr(c, "name") for c in costs or {}):
+            raise TypeError(
+                "costs maps records to their weights, as {KineticEnergy(): 0.01} does, got "
+                f"{costs!r}"
+            )
         self.divergence = divergence
         self.costs = dict(costs or {})
         self.tolerance = tolerance

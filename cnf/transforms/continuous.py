@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from cnf.ode import Solver, integrate
 from cnf.transforms.base import Mapped, Request, Transform
 
 DEFAULT_REQUEST = Request()
+T = TypeVar("T")
 
 
 class Continuous(Transform):
@@ -54,9 +56,9 @@ class Continuous(Transform):
         super().__init__()
         if not end_time > 0:
             raise ValueError(f"end_time must be positive, got {end_time}")
-        self.field = field
-        self.divergence = divergence or Exact()
-        self.solver = solver or Solver()
+        self.field = _of_kind("field", field, nn.Module)
+        self.divergence = _of_kind("divergence", divergence or Exact(), Divergence)
+        self.solver = _of_kind("solver", solver or Solver(), Solver)
         self.name = name
         self.end_time = float(end_time)
         self.log_end_time: nn.Parameter | None = None
@@ -187,3 +189,9 @@ class Continuous(Transform):
         learned = ", trainable" if self.log_end_time is not None else ""
         time = f", end_time={self.end_time}{learned}" if self.end_time != 1 or learned else ""
         return f"divergence={self.divergence}, solver={self.solver}{time}"
+
+
+def _of_kind(role: str, given: T, kind: type) -> T:
+    if not isinstance(given, kind):
+        raise TypeError(f"the {role} must be a {kind.__name__}, got {given!r}")
+    return given

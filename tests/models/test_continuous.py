@@ -106,6 +106,7 @@ def test_arguments_are_checked():
         ({"normalization": "act-norm"}, "Did you mean 'actnorm'"),
         ({"field": "residuals"}, "Did you mean 'residual'"),
         ({"context_features": 1, "context_by": "filmed"}, "Did you mean 'film'"),
+        ({"context_by": "filmed"}, "Did you mean 'film'"),
     ):
         with pytest.raises(UnknownNameError, match=match):
             cnf.ffjord(2, **arguments)
@@ -114,7 +115,12 @@ def test_arguments_are_checked():
         (2, {"levels": 2}, "are for images"),
         (2, {"strides": (2, -2)}, "are for images"),
         (2, {"field": "residual", "hidden": (8, 9)}, "one width"),
+        (2, {"blocks": 0}, "blocks must be"),
+        ((1, 4, 4), {"field": "residual"}, "are for vectors"),
+        ((1, 4, 4), {"context_features": 1, "context_by": "film"}, "are for vectors"),
     ):
         with pytest.raises(ValueError, match=match):
             cnf.ffjord(features, **arguments)
+    with pytest.raises(ValueError, match="one of vectors"):
+        cnf.otflow((1, 4, 4))
     assert isinstance(cnf.ffjord(2, blocks=2).transform, Chain)

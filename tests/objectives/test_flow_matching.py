@@ -209,6 +209,9 @@ def test_impossible_settings_are_refused():
     conditional = cnf.ffjord(2, hidden=(8,), context_features=3)
     with pytest.raises(ValueError, match="a context of 3 features, and the batch has none"):
         FlowMatching(conditional)(Batch(torch.zeros(2, 2)))
+    lone = Batch(torch.randn(64, 2), torch.randn(64, 3))
+    with pytest.raises(ValueError, match="all 64 contexts of this batch differ"):
+        FlowMatching(conditional, coupling="exact", draws=2)(lone)
 
 
 def test_it_has_a_name_and_warms_a_likelihood_up():

@@ -99,6 +99,12 @@ def test_an_impossible_end_time_is_refused(spread):
         MaximumLikelihood(Recording(), end_time_spread=spread)
 
 
+@pytest.mark.parametrize("costs", [{"kinetic_energy": 0.1}, [Named("kinetic")], "kinetic_energy"])
+def test_costs_that_are_no_records_with_weights_are_refused(costs):
+    with pytest.raises(TypeError, match="records to their weights"):
+        MaximumLikelihood(Recording(), costs=costs)
+
+
 def test_objectives_have_names():
     assert isinstance(build_objective("likelihood", Recording()), MaximumLikelihood)
     assert "likelihood" in OBJECTIVES

@@ -176,3 +176,10 @@ def test_inference_mode_gives_the_same_density():
 def test_arguments_are_checked():
     with pytest.raises(ValueError, match="end_time must be positive"):
         Continuous(Linear(2), end_time=0.0)
+    for arguments, message in (
+        ({"field": lambda t, x, context: -x}, "the field must be a Module"),
+        ({"field": Linear(2), "divergence": "hutchinson"}, "the divergence must be a Divergence"),
+        ({"field": Linear(2), "solver": "rk4"}, "the solver must be a Solver, got 'rk4'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            Continuous(**arguments)
