@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -184,7 +185,9 @@ def table(title: str, rows: Sequence[Mapping[str, Any] | Row], note: str = "") -
 def write(name: str, tables: Sequence[Mapping[str, Any]], folder: Path = RESULTS) -> Path:
     """Write ``NAME.json`` and ``NAME.md`` and print the latter; returns the Markdown's path."""
     facts = machine()
-    command = " ".join(["python -m benchmarks", *sys.argv[1:]])
+    # where the files go is no part of what was measured, and may name somebody's folders
+    words = re.sub(r" --out[ =]\S+", "", " ".join(["", *sys.argv[1:]]))
+    command = f"python -m benchmarks{words}"
     figures = [{key: t[key] for key in ("title", "note", "rows")} for t in tables]
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"command": command, "machine": facts, "tables": figures}, indent=2)

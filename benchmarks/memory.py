@@ -16,15 +16,22 @@ from torch import Tensor
 
 import cnf
 from benchmarks import continuous, harness
+from cnf.nets import TimeMLP
 
 MODES = ("adjoint", "checkpoint", "backprop")
 BATCH = 512
-MODELS = ("ffjord", "nsf")
+PARTS = ("step", "rows")
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ffjord, at 1e-3": ("ffjord", {"solver": cnf.Solver(rtol=1e-3, atol=1e-3, norm="batch")}),
+    "nsf, support=(0, 1)": ("nsf", {"support": "interval"}),
+}
+"""Which flows score: the name of a model and its arguments."""
 LIMIT = 2.0
 """Gigabytes that scoring should stay below."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("parts", nargs="*", default=PARTS, help=f"of {', '.join(PARTS)}")
     harness.add_effort(parser)
     parser.add_argument("--rows", type=int, help="rows to score, a million unless --quick")
     parser.add_argument("--chunk", type=int, default=10_000, help="rows scored at a time")
@@ -38,34 +45,45 @@ def run(options: argparse.Namespace) -> None:
     if options.only is not None:  # the process whose memory is measured
         print(json.dumps(scored(options.only, rows, options.chunk)))
         return
+    for part in options.parts:
+        found = step(quick) if part == "step" else scoring(rows, options.chunk)
+        harness.write(f"memory-{part}", [found], options.out)
+
+
+def step(quick: bool) -> dict[str, Any]:
+    """What a training step keeps, by tolerance and gradient mode."""
     tolerances = (1e-3, 1e-6, 1e-9) if quick else tuple(10.0**-k for k in range(3, 10))
-    steps = harness.table(
+    field, data = continuous.trained(2)
+    x = data[:BATCH].double()
+    state = BATCH * 3 * 8
+    return harness.table(
         "Bytes that a training step keeps for its backward pass",
-        [kept_at(tolerance) for tolerance in tolerances],
+        [kept_at(tolerance, field, x) for tolerance in tolerances],
         f"ffjord(2), 2–64–64–64–2, {BATCH} points in float64, 8gaussians after 200 steps of "
         "training; what autograd saves, parameters left out, in MB. `accepted` is the steps of "
-        "the forward solve.",
-    )
-    note = (
-        f"`flow.log_prob(x, chunk={options.chunk})` on {rows:,} rows of two columns, in a process "
-        f"of its own whose peak resident memory is given; the first line is PyTorch alone."
-    )
-    million = [measured(model, rows, options.chunk) for model in MODELS]
-    empty = {"": "import only", "peak GB": million[0].pop("before GB")}
-    million[1].pop("before GB")
-    harness.write(
-        "memory", [steps, harness.table("Scoring many rows", [empty, *million], note)], options.out
+        f"the forward solve. One state, {BATCH} points and log-densities, is {state / 1e6:.4g} MB.",
     )
 
 
-def kept_at(tolerance: float) -> dict[str, Any]:
+def scoring(rows: int, chunk: int) -> dict[str, Any]:
+    """What scoring many rows takes, a process for each flow."""
+    found = [measured(name, rows, chunk) for name in MODELS]
+    before = [row.pop("before GB") for row in found]
+    return harness.table(
+        "Scoring many rows",
+        [{"": "import only", "peak GB": before[0]}, *found],
+        f"`flow.log_prob(x, chunk={chunk})` on {rows:,} rows of two columns, in a process of its "
+        "own whose peak resident memory is given; the first line is PyTorch alone.",
+    )
+
+
+def kept_at(tolerance: float, field: TimeMLP, x: Tensor) -> dict[str, Any]:
     """Megabytes kept in every mode at a tolerance."""
-    field, data = continuous.trained(2)
     row: dict[str, Any] = {"tolerance": tolerance}
     for mode in MODES:
         solver = cnf.Solver(rtol=tolerance, atol=tolerance, gradient=mode, norm="batch")
         flow = continuous.flow_with(field, solver, torch.float64)
-        size, work = kept(flow, data[:BATCH].double())
+        size, work = kept(flow, x)
         row |= {"accepted": work.accepted, "NFE": work.forward, mode: size / 1e6}
     return row
 
@@ -93,21 +111,22 @@ def kept(flow: cnf.Flow, x: Tensor) -> tuple[int, Any]:
     return sum(storages.values()), work
 
 
-def measured(model: str, rows: int, chunk: int) -> dict[str, Any]:
+def measured(name: str, rows: int, chunk: int) -> dict[str, Any]:
     """Score rows in a process of its own."""
-    options = ["--only", model, "--rows", str(rows), "--chunk", str(chunk)]
+    options = ["--only", name, "--rows", str(rows), "--chunk", str(chunk)]
     command = [sys.executable, "-m", "benchmarks", "memory", *options]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout)
-    return {"": model, **found, f"below {LIMIT:g} GB": found["peak GB"] < LIMIT}
+    return {"": name, **found, f"below {LIMIT:g} GB": found["peak GB"] < LIMIT}
 
 
-def scored(model: str, rows: int, chunk: int) -> dict[str, float]:
+def scored(name: str, rows: int, chunk: int) -> dict[str, float]:
     """Score rows in this process."""
     before = _peak()
     torch.manual_seed(0)
-    flow = cnf.models[model].build(2)
-    x = torch.randn(rows, 2)
+    model, arguments = MODELS[name]
+    flow = cnf.models[model].build(2, **arguments)
+    x = torch.rand(rows, 2)
     start = time.perf_counter()
     with torch.no_grad():
         flow.log_prob(x, chunk=chunk)

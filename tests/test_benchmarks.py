@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import cnf
-from benchmarks import continuous, harness, reference
+from benchmarks import continuous, harness, reference, rnode
 
 
 def test_a_race_ranks_by_time():
@@ -33,7 +33,8 @@ def test_a_race_needs_its_reference():
         harness.race({"a": time.time, "b": time.time}, "x")
 
 
-def test_results_are_written_as_json_and_markdown(tmp_path):
+def test_results_are_written_as_json_and_markdown(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["benchmarks", "check", "--out", str(tmp_path), "--rows", "9"])
     row = harness.Row("ours", 1.5, 2.0, 1.9, 2.1, 10)
     tables = [
         harness.table("Steps", [row], "One core."),
@@ -44,6 +45,7 @@ def test_results_are_written_as_json_and_markdown(tmp_path):
     assert "| a | 1.0e-05 | – |" in page
     assert "| b | – | 0.250 |" in page
     found = json.loads((tmp_path / "check.json").read_text())
+    assert found["command"] == "python -m benchmarks check --rows 9"
     assert found["tables"][0]["rows"][0]["speedup"] == 2.0
     assert found["machine"]["threads"] >= 1
 
@@ -137,3 +139,20 @@ def test_the_net_in_jax_agrees(field, x, monkeypatch):
         found = peers_jax.exact(parameters, 0.3, x.numpy())
         assert torch.allclose(torch.tensor(found[0].tolist()), velocity, atol=1e-5)
         assert torch.allclose(torch.tensor(found[1].tolist()), divergence, atol=1e-5)
+
+
+def test_weights_are_chosen_by_the_validation_points_alone():
+    def row(name, val, test, nfe):
+        return {
+            "": name, "gap, val.": val, "gap, test": test,
+            "NFE, batch norm": nfe, "NFE, sample norm": nfe,
+        }  # fmt: skip
+
+    rows = [
+        row("FFJORD", 0.020, 0.020, 60),
+        row("weak", 0.025, 0.000, 40),
+        row("strong", 0.029, 0.090, 30),
+        row("too strong", 0.031, 0.000, 20),
+    ]
+    rnode.mark(rows)
+    assert [row[""] for row in rows if row["chosen"]] == ["strong"]
