@@ -253,7 +253,9 @@ def test_asking_for_costs_does_not_change_the_path():
 
 @pytest.mark.parametrize("gradient", ["adjoint", "checkpoint"])
 @pytest.mark.parametrize(
-    "costs", [tuple(COSTS[:4]), (COSTS[4],), (TaylorDerivative(2),), (COSTS[10],), (HJBResidual(),)]
+    "costs",
+    [tuple(COSTS[:4]), *[(cost,) for cost in COSTS[4:]], (HJBResidual(),)],
+    ids=lambda costs: costs[0].name,
 )
 def test_gradient_modes_agree(gradient, costs):
     grads = []
@@ -267,6 +269,9 @@ def test_gradient_modes_agree(gradient, costs):
             transform = Continuous(field, solver=solver).double()
         else:
             field = cnf.nets.TimeMLP(2, (8,), context_features=1)
+            if costs == (VelocityNorm(1),):
+                with torch.no_grad():
+                    field.layers.bias[-2:] = 20.0  # no coordinate turns: no kink
             transform = Continuous(field, solver=solver, trainable_end_time=True).double()
         x, context = points(3, 2).requires_grad_(), points(3, 1, seed=2).requires_grad_()
         request = cnf.Request(costs=costs)
