@@ -19,6 +19,7 @@ from benchmarks import harness
 TIGHT = cnf.Solver("dopri8", rtol=1e-11, atol=1e-11)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "nsf, autoregressive": ("nsf", {"autoregressive": True}),
+    "ncsf, autoregressive": ("ncsf", {"autoregressive": True}),
     "planar, forward": ("planar", {"formula": "forward"}),
 }
 NUMERIC = {"flowpp", "naf", "unaf", "bpf", "sospf", "bnaf", "gaussianization", "planar",

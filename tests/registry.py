@@ -287,15 +287,17 @@ def models(features: int, context: int, most: int = 4) -> list[Member]:
             **small,
         ),
         "ncsf": lambda solver: cnf.ncsf(features, layers=min(2, most), bins=3, **small),
+        "ncsf, autoregressive": lambda solver: cnf.ncsf(
+            features, layers=min(2, most), bins=3, autoregressive=True, **small
+        ),
     }
-    windows = {"ncsf": (-math.pi, math.pi)}
     return [
         Member(
             f"{name}, D={features}, C={context}",
             build,
             (features,),
             context,
-            window=windows.get(name),
+            window=(-math.pi, math.pi) if name.startswith("ncsf") else None,
             spread=0.05 if name == "otflow" else 0.3,
         )
         for name, build in builders.items()

@@ -91,8 +91,12 @@ def autoregressive_layers(
     context_features: int,
     activation: str,
     residual: bool,
+    period: float | None = None,
 ) -> list[Autoregressive]:
-    """Masked autoregressive layers whose order turns round from one to the next."""
+    """Masked autoregressive layers whose order turns round from one to the next.
+
+    With a period, the networks see the features as angles.
+    """
     return [
         Autoregressive(
             scalar_map,
@@ -104,6 +108,7 @@ def autoregressive_layers(
                 order="reverse" if layer % 2 else "natural",
                 activation=activation,
                 residual=residual,
+                period=period,
             ),
         )
         for layer in range(layers)

@@ -65,6 +65,7 @@ def ncsf(
     features: int,
     *,
     context_features: int = 0,
+    autoregressive: bool = False,
     layers: int = 4,
     hidden: tuple[int, ...] = (64, 64),
     activation: str = "relu",
@@ -73,13 +74,14 @@ def ncsf(
 ) -> Flow:
     """Neural circular spline flow: a density of angles in [-π, π], smooth across ±π.
 
-    Couplings of circular splines whose networks see cosines and sines, from a uniform base. Data is
-    not standardised; outside [-bound, bound] the log-density is -inf.
+    Circular splines, coupled or autoregressive, whose networks see cosines and sines, from a
+    uniform base. Data is not standardised; outside [-bound, bound] the log-density is -inf.
 
     Args:
         features: D, how many angles one x has.
         context_features: size of the context, 0 for an unconditional density.
-        layers: number of couplings.
+        autoregressive: autoregressive layers instead of couplings.
+        layers: number of spline layers.
         hidden: sizes of the hidden layers of each network.
         activation: of the networks.
         bins: number of bins of a spline.
@@ -94,12 +96,20 @@ def ncsf(
         (-inf, torch.Size([3, 2]))
     """
     spline = RationalQuadratic(bins=bins, bound=bound, tails="circular")
-    parts = coupling_layers(
-        spline, features, layers, hidden, context_features, activation, period=2 * bound
-    )
+    parts: list[Transform] | list[Autoregressive]
+    ends: list[Permutation] = []
+    if autoregressive:
+        parts = autoregressive_layers(
+            spline, features, layers, hidden, context_features, activation, False, 2 * bound
+        )
+    else:
+        parts = coupling_layers(
+            spline, features, layers, hidden, context_features, activation, 2 * bound
+        )
+        ends = interleaved(features)
     base = Uniform(features, scale=bound)
     return Flow(
-        Chain([*parts, *interleaved(features)]),
+        Chain([*parts, *ends]),
         base,
         context_features=context_features,
         standardize=False,

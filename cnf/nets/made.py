@@ -121,6 +121,7 @@ class MADE(nn.Module):
             outputs of feature i depend on. It must have no cycle.
         zero_last: start with a last layer of zeros, so that a flow starts as the identity.
         generator: draws the random order.
+        period: of every feature, which then enters as its cosine and sine; None for none.
 
     Example:
         >>> import torch
@@ -149,10 +150,14 @@ class MADE(nn.Module):
         adjacency: Tensor | Sequence[Sequence[bool]] | None = None,
         zero_last: bool = True,
         generator: torch.Generator | None = None,
+        period: float | None = None,
     ):
         super().__init__()
         if features < 1 or outputs < 1:
             raise ValueError(f"expected features, outputs >= 1, got {features}, {outputs}")
+        if period is not None and not period > 0:
+            raise ValueError(f"a period is positive, got {period}")
+        self.period = period
         self.features = features
         self.outputs = outputs
         self.context_features = context_features
@@ -172,13 +177,16 @@ class MADE(nn.Module):
         sets, complete = _sets(parents, depth, bool(context_features))
         widths = layer_widths(features, hidden, outputs, residual)[1:-1]
         units = [_spread(width, len(sets)) for width in widths]
-        seen = [torch.eye(features, dtype=torch.bool), *(sets[unit] for unit in units)]
+        inputs = 1 if period is None else 2  # columns for each feature
+        own = torch.eye(features, dtype=torch.bool).repeat_interleave(inputs, 0)
+        seen = [own, *(sets[unit] for unit in units)]
         masks = [_contained(a, b) for a, b in zip(seen, [*seen[1:], parents], strict=True)]
         self.layers = nn.ModuleList(MaskedLinear(mask) for mask in masks[:-1])
         self.layers.append(MaskedLinear(masks[-1].repeat_interleave(outputs, 0), zero_last))
         self.direct: MaskedLinear | None = None
         if any(width < len(sets) for width in widths):
-            self.direct = MaskedLinear(parents.repeat_interleave(outputs, 0), zero_last)
+            reach = parents.repeat_interleave(outputs, 0).repeat_interleave(inputs, 1)
+            self.direct = MaskedLinear(reach, zero_last)
         self.context_layer: nn.Linear | None = None
         if context_features:
             rows = (widths or [features * outputs])[0]
@@ -204,6 +212,7 @@ class MADE(nn.Module):
             ``(*batch, features, outputs)``; ``[..., i, :]`` depends on earlier features only.
         """
         shift = self._context_shift(context)
+        x = self._columns(x)
 
         def linear(index: int, value: Tensor) -> Tensor:
             value = self.layers[index](value)
@@ -251,7 +260,8 @@ class MADE(nn.Module):
         for level, part in enumerate(parts):
             result = self._advance(layers, level, new)
             values.append(step(part, result.t().reshape(*part.shape, self.outputs)))
-            new = values[-1].reshape(batch, part.shape[-1]).t()
+            columns = self._columns(values[-1])
+            new = columns.reshape(batch, columns.shape[-1]).t()
         return torch.cat(values, -1).index_select(-1, self.place).reshape(*shape, self.features)
 
     def extra_repr(self) -> str:
@@ -284,7 +294,8 @@ class MADE(nn.Module):
         in_place = not torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling()
         kind = _Filling if in_place else _Growing
         # a level takes the features of the level before
-        features = [0, *self._counts[:-1]]
+        inputs = 1 if self.period is None else 2
+        features = [0, *(inputs * count for count in self._counts[:-1])]
         levels = []
         for index, (layer, rows) in enumerate(zip(layers, self._rows, strict=False)):
             weight, bias = layer.masked_weight, layer.bias.unsqueeze(1)
@@ -292,18 +303,26 @@ class MADE(nn.Module):
                 bias = bias + shift.reshape(batch, layer.out_features).t()
             takes_features = index in (0, last + 1)
             if takes_features:
-                weight = weight.index_select(1, self.order)
+                weight = self._sorted(weight.t(), inputs).t()
                 # the last level's values feed nothing
                 weight = weight[:, : sum(features)]
             if index >= last:
-                weight, bias = self._sorted_outputs(weight), self._sorted_outputs(bias)
+                weight = self._sorted(weight, self.outputs)
+                bias = self._sorted(bias, self.outputs)
             counts = features if takes_features else self._rows[index - 1]
             levels.append(kind(weight, bias, rows, counts, batch))
         return levels
 
-    def _sorted_outputs(self, rows: Tensor) -> Tensor:
-        """Rows ``(features · outputs, n)`` with the features in order."""
-        blocks = rows.unflatten(0, (self.features, self.outputs))
+    def _columns(self, x: Tensor) -> Tensor:
+        """What the first layer sees of features: themselves, or each one's cosine and sine."""
+        if self.period is None:
+            return x
+        angle = x * (2 * math.pi / self.period)
+        return torch.stack([torch.cos(angle), torch.sin(angle)], -1).flatten(-2)
+
+    def _sorted(self, rows: Tensor, size: int) -> Tensor:
+        """Rows ``(features · size, n)`` with the features in order."""
+        blocks = rows.unflatten(0, (self.features, size))
         return blocks.index_select(0, self.order).flatten(0, 1)
 
     def _context_shift(self, context: Tensor | None) -> Tensor | None:

@@ -49,8 +49,9 @@ def test_formula_stands_in_either_direction(name):
         build(2, formula="both")
 
 
-def test_circular_flow_is_smooth_across_the_seam():
-    flow = shaken(cnf.ncsf(3, layers=3, hidden=(8,)), spread=0.8)
+@pytest.mark.parametrize("autoregressive", [False, True])
+def test_circular_flow_is_smooth_across_the_seam(autoregressive):
+    flow = shaken(cnf.ncsf(3, layers=3, hidden=(8,), autoregressive=autoregressive), spread=0.8)
     x = torch.tensor([[math.pi, 0.3, 1.0], [0.5, math.pi, -2.0], [0.1, 0.2, math.pi]], dtype=F64)
     other = torch.where(x == math.pi, -x, x)
     torch.testing.assert_close(flow.log_prob(x), flow.log_prob(other))

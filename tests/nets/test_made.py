@@ -21,6 +21,7 @@ STRUCTURES = {
     "graph": {"adjacency": GRAPH},
     "residual": {"residual": True, "hidden": (6, 6)},
     "residual-narrow": {"residual": True, "hidden": (2,)},
+    "angles": {"period": 3.0, "order": "reverse"},
 }
 
 
