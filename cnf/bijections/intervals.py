@@ -68,13 +68,25 @@ class Spline(ScalarMap):
             place = (value - turns).clamp(-bound, bound)
         else:
             place = value.clamp(-bound, bound)
-        mapped, log_derivative = self._unit((place / bound + 1) / 2, parameters, backward=backward)
-        mapped = bound * (2 * mapped - 1)
+        mapped, log_derivative = self._inside(place, parameters, backward=backward)
         if self.tails == "circular":
             return mapped + turns, log_derivative
         inside = value.abs() <= bound
         outside = 0.0 if self.tails == "linear" else -math.inf
         return torch.where(inside, mapped, value), torch.where(inside, log_derivative, outside)
+
+    @abstractmethod
+    def _inside(self, place: Tensor, parameters: Tensor, *, backward: bool) -> Pair:
+        """The spline, or its inverse, as a map of [−bound, bound] onto itself."""
+
+
+class UnitSpline(Spline):
+    """A spline that is written as a map of fractions of its interval."""
+
+    def _inside(self, place: Tensor, parameters: Tensor, *, backward: bool) -> Pair:
+        fraction = (place / self.bound + 1) / 2
+        mapped, log_derivative = self._unit(fraction, parameters, backward=backward)
+        return self.bound * (2 * mapped - 1), log_derivative
 
     @abstractmethod
     def _unit(self, fraction: Tensor, parameters: Tensor, *, backward: bool) -> Pair:

@@ -73,23 +73,19 @@ class RationalQuadratic(Spline):
         free = {"linear": -1, "circular": 0, "interval": 1}[self.tails]
         return 3 * self.bins + free
 
-    def _unit(self, fraction: Tensor, parameters: Tensor, *, backward: bool) -> Pair:
+    def _inside(self, place: Tensor, parameters: Tensor, *, backward: bool) -> Pair:
+        # not in fractions of the interval: near its middle, places have digits that those lack
         (left, width), (bottom, height), (start, end) = self._bin(
-            fraction, parameters, backward=backward
+            place, parameters, backward=backward
         )
         if backward:
-            xi, log_slope = _quadratic_root((fraction - bottom) / height, width, height, start, end)
+            xi, log_slope = _quadratic_root((place - bottom) / height, width, height, start, end)
             return left + width * xi, -log_slope
-        share, log_slope = _rational((fraction - left) / width, width, height, start, end)
+        share, log_slope = _rational((place - left) / width, width, height, start, end)
         return bottom + height * share, log_slope
 
-    def _bin(
-        self, fraction: Tensor, parameters: Tensor, *, backward: bool
-    ) -> tuple[Pair, Pair, Pair]:
-        """The bin that each place lies in: (left, width), (bottom, height), slopes.
-
-        Places and lengths are fractions of the interval.
-        """
+    def _bin(self, place: Tensor, parameters: Tensor, *, backward: bool) -> tuple[Pair, Pair, Pair]:
+        """The bin that each place lies in: (left, width), (bottom, height), slopes."""
         bins = self.bins
         raw, slopes = parameters.split([2 * bins, self.size - 2 * bins], -1)
         raw = raw.unflatten(-1, (2, bins))
@@ -99,21 +95,22 @@ class RationalQuadratic(Spline):
         else:
             rows = torch.arange(2, dtype=raw.dtype, device=raw.device).unsqueeze(-1)
             minimum = self.min_width + rows * (self.min_height - self.min_width)
+            minimum = 2 * self.bound * minimum
         # a softmax whose sums and quotients are taken for one bin only
         powers = torch.exp(raw - raw.detach().amax(-1, keepdim=True))
         sums = torch.cumsum(powers, -1)
-        share = (1 - bins * minimum) / sums[..., -1:]
+        share = (2 * self.bound - bins * minimum) / sums[..., -1:]
         with torch.no_grad():
             row = 1 if backward else 0
             inner = torch.arange(1, bins, device=raw.device) * minimum[row]
-            knots = sums[..., row, :-1] * share[..., row, :] + inner
-            index = (fraction.unsqueeze(-1) >= knots).sum(-1)
+            knots = sums[..., row, :-1] * share[..., row, :] + (inner - self.bound)
+            index = (place.unsqueeze(-1) >= knots).sum(-1)
         ends = torch.stack([index, index + 1], -1)
         index = index[..., None, None]
-        shape = (*fraction.shape, 2)
+        shape = (*place.shape, 2)
         power = _pick(powers, index, shape)
         below = (_pick(sums, index, shape) - power) * share
-        edges = (below + index * minimum).squeeze(-1).unbind(-1)
+        edges = (below + (index * minimum - self.bound)).squeeze(-1).unbind(-1)
         lengths = (power * share + minimum).squeeze(-1).unbind(-1)
         start, end = self._slopes(slopes, ends).unbind(-1)
         return (edges[0], lengths[0]), (edges[1], lengths[1]), (start, end)

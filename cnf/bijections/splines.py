@@ -11,13 +11,13 @@ from torch.nn.functional import pad, softplus
 
 from cnf.bijections.affine import unit_softplus_offset
 from cnf.bijections.base import Pair, invert
-from cnf.bijections.intervals import Spline, below, locate, pick, shares
+from cnf.bijections.intervals import UnitSpline, below, locate, pick, shares
 from cnf.registry import record
 
 
 @record
 @dataclasses.dataclass(frozen=True)
-class LinearSpline(Spline):
+class LinearSpline(UnitSpline):
     """A piecewise linear map of [−bound, bound] onto itself (Müller et al. 2019).
 
     Bins of equal width; in a bin of height h, y = bottom + h·ξ. The density jumps at the knots.
@@ -58,7 +58,7 @@ class LinearSpline(Spline):
 
 @record
 @dataclasses.dataclass(frozen=True)
-class QuadraticSpline(Spline):
+class QuadraticSpline(UnitSpline):
     """A piecewise quadratic map of [−bound, bound] onto itself (Müller et al. 2019).
 
     Its derivative is linear in each bin: with knot slopes v₀, v₁ and bin width w,
@@ -120,7 +120,7 @@ class QuadraticSpline(Spline):
 
 @record
 @dataclasses.dataclass(frozen=True)
-class CubicSpline(Spline):
+class CubicSpline(UnitSpline):
     """A monotone cubic spline on [−bound, bound] (Durkan et al. 2019; Steffen 1990).
 
     Inner knot slopes are Steffen's: with the neighbouring secants s₀, s₁ and bin widths w₀, w₁,
