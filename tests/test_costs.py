@@ -254,7 +254,12 @@ def test_asking_for_costs_does_not_change_the_path():
 @pytest.mark.parametrize("gradient", ["adjoint", "checkpoint"])
 @pytest.mark.parametrize(
     "costs",
-    [tuple(COSTS[:4]), *[(cost,) for cost in COSTS[4:]], (HJBResidual(),)],
+    # Taylor's fourth order is the third's code once more, and takes a minute
+    [
+        tuple(COSTS[:4]),
+        *[(cost,) for cost in COSTS[4:] if cost.name != "taylor_4"],
+        (HJBResidual(),),
+    ],
     ids=lambda costs: costs[0].name,
 )
 def test_gradient_modes_agree(gradient, costs):
