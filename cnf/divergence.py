@@ -369,11 +369,14 @@ def push(
     def along(tangent: Tensor) -> tuple[Tensor, Tensor]:
         return jvp(lambda x: field(t, x, context), (x,), (tangent,))
 
-    try:
-        return torch.func.vmap(along, out_dims=(None, 0))(tangents)  # type: ignore[arg-type]
-    except (RuntimeError, ValueError) as error:
-        if "vmap" not in str(error) and "atching rule" not in str(error):
-            raise
+    # a compiler cannot follow forward mode under vmap where the batch's size is a variable; it
+    # finds what the passes of single tangents have in common
+    if not torch.compiler.is_compiling():
+        try:
+            return torch.func.vmap(along, out_dims=(None, 0))(tangents)  # type: ignore[arg-type]
+        except (RuntimeError, ValueError) as error:
+            if "vmap" not in str(error) and "atching rule" not in str(error):
+                raise
     pairs = [along(tangent) for tangent in tangents]
     return pairs[0][0], torch.stack([product for _, product in pairs])
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cnf.compiling import compiled
 from cnf.distributions import Base, as_shape
 from cnf.registry import Recipe
 from cnf.storage import save
 from cnf.torch_distribution import FlowDistribution
 from cnf.transforms.base import Mapped, Request, Transform, compose, value_only
+from cnf.transforms.continuous import Continuous
 from cnf.transforms.normalization import Standardize
 from cnf.transforms.support import SupportedStandardize
 
@@ -430,15 +431,19 @@ class Flow(nn.Module):
     ) -> Flow:
         """Compile scoring and sampling in place; the first call of each pays for it.
 
+        The solver's loop stays what it is: continuous blocks compile their steps, as
+        ``Solver(compile=backend)`` does, where their solver can.
+
         Args:
             backend: as in ``torch.compile``.
-            mode: as in ``torch.compile``.
-            dynamic: as in ``torch.compile``.
+            mode: as in ``torch.compile``, for what is not continuous.
+            dynamic: as in ``torch.compile``, for what is not continuous.
         """
+        for block in self.modules():
+            if isinstance(block, Continuous) and block.solver.compiles:
+                block.solver = dataclasses.replace(block.solver, compile=backend)
         self._compiled = {
-            name: _without_grad_warning(
-                torch.compile(run, backend=backend, mode=mode, dynamic=dynamic)
-            )
+            name: compiled(run, backend=backend, mode=mode, dynamic=dynamic)
             for name, run in (("inverse", self._run_inverse), ("forward", self._run_forward))
         }
         return self
@@ -446,21 +451,3 @@ class Flow(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # compiled code belongs to this process
         return {**self.__dict__, "_compiled": {}}
-
-
-def _without_grad_warning(run: Callable[..., Mapped]) -> Callable[..., Mapped]:
-    """Compiled code whose tracing does not trip over a warning of torch's own making.
-
-    Dynamo looks at ``.grad`` of what a graph hands to the next, and hides the warning from people
-    but not from filters that turn warnings into errors.
-    """
-
-    @functools.wraps(run)
-    def quiet(*arguments: Any) -> Mapped:
-        if all(action != "error" for action, *_ in warnings.filters):
-            return run(*arguments)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
-            return run(*arguments)
-
-    return quiet

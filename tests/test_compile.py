@@ -36,7 +36,7 @@ TWINS = (
 MEMBERS = [*TRANSFORMS, *models(2, 2, most=1), *image_models((1, 4, 4), 0, most=1)]
 
 # compiled and eager solves take the same steps: a coarse grid shows as much as a fine one
-COARSE = cnf.Solver("rk4", step_size=0.5)
+COARSE = cnf.Solver("midpoint", step_size=0.5)
 
 
 def flow_of(member: Member) -> cnf.Flow:

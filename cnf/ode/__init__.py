@@ -1,6 +1,7 @@
 """Solving ordinary differential equations; the only importer of torchdiffeq."""
 
 from cnf.ode.errors import (
+    CompilationError,
     NonFiniteState,
     SecondOrderGradient,
     SolverError,
@@ -15,6 +16,7 @@ from cnf.ode.solver import METHODS, Solver
 
 __all__ = [
     "METHODS",
+    "CompilationError",
     "NonFiniteState",
     "Recorder",
     "SecondOrderGradient",

@@ -12,78 +12,69 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cnf.ode.guard import Norm, Velocity, Watch, error_norm
+from cnf.ode import compiled
+from cnf.ode.guard import Rhs, State, Velocity, Watch, error_norm
+from cnf.ode.runge_kutta import PlainSteps, Steps, tableau
 from cnf.ode.solver import Solver
 from cnf.ode.stepper import advance
 
 
-class Backward:
-    """d/ds of (y, a, g) along a solution y, where a is its adjoint and g the parameters' gradient.
+def backward_rhs(rhs: Rhs, tracked: Sequence[Tensor], sources: Sequence[Tensor], count: int) -> Rhs:
+    """The derivatives of (y, a, g) along a solution y: a its adjoint, g the parameters' gradient.
 
     Args:
-        velocity: the right-hand side of the forward pass.
+        rhs: the right-hand side of the forward pass, from the parts of y.
         tracked: the parameters, all of which require grad.
         sources: the constant adjoints of the integrals.
+        count: how many parts y has.
     """
 
-    def __init__(self, velocity: Velocity, tracked: Sequence[Tensor], sources: Sequence[Tensor]):
-        self.velocity = velocity
-        self.tracked = tracked
-        self.sources = sources
-        self.size = velocity.proper_size
+    def backward(t: Tensor, state: State) -> State:
+        with torch.enable_grad():
+            y = [part.detach().requires_grad_() for part in state[:count]]
+            parts = rhs(t, tuple(y))
+            used = [
+                (part, adjoint)
+                for part, adjoint in zip(parts, (*state[count:], *sources), strict=True)
+                if part.requires_grad
+            ]
+            grads = _gradients(used, (*y, *tracked))
+        rest = [-grad.reshape(-1) for grad in grads[count:]]
+        return (
+            *[part.detach() for part in parts[:count]],
+            *[-grad for grad in grads[:count]],
+            *([torch.cat(rest)] if rest else []),
+        )
+
+    return backward
+
+
+def _gradients(used: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[Tensor]) -> Sequence[Tensor]:
+    if not used:
+        return [torch.zeros_like(tensor) for tensor in wanted]
+    parts, adjoints = zip(*used, strict=True)
+    # retained, because parameters may share what they were computed from
+    return torch.autograd.grad(
+        parts, wanted, adjoints, retain_graph=True, materialize_grads=True, allow_unused=True
+    )
+
+
+class Flattened:
+    """A right-hand side on parts, on one flat vector of the proper state or more."""
+
+    def __init__(self, rhs: Rhs, shapes: Sequence[torch.Size], watch: Watch):
+        self.rhs = rhs
+        self.shapes = shapes
+        self.sizes = [shape.numel() for shape in shapes]
+        self.watch = watch
 
     def __call__(self, t: Tensor, flat: Tensor) -> Tensor:
-        """The derivative of the flat (y, a, g), all of it by the time of the forward pass."""
-        with torch.enable_grad():
-            y = flat[: self.size].detach().requires_grad_()
-            parts = self.velocity.parts(t, y)
-            adjoints = self.velocity.split_proper(flat[self.size : 2 * self.size])
-            grads = self.gradients(parts, y, adjoints)
-        derivative = torch.cat(
-            [
-                *[part.detach().reshape(-1) for part in parts[: len(adjoints)]],
-                *[-grad.reshape(-1) for grad in grads],
-            ]
-        )
-        self.velocity.watch.velocity = derivative
-        return derivative
-
-    def gradients(
-        self, parts: Sequence[Tensor], y: Tensor, adjoints: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """The products of the adjoints and the derivatives of the velocity's parts."""
-        wanted = (y, *self.tracked)
-        used = [
-            (part, adjoint)
-            for part, adjoint in zip(parts, (*adjoints, *self.sources), strict=True)
-            if part.requires_grad
-        ]
-        if not used:
-            return [torch.zeros_like(tensor) for tensor in wanted]
-        return list(
-            torch.autograd.grad(
-                [part for part, _ in used],
-                wanted,
-                [adjoint for _, adjoint in used],
-                # retained, because parameters may share what they were computed from
-                retain_graph=True,
-                materialize_grads=True,
-                allow_unused=True,
-            )
-        )
-
-    def norm(self, forward: Norm, seminorm: bool) -> Norm:
-        """The error norm: the forward pass's of y and of a, and unless semi that of g."""
-        size = self.size
-
-        def norm(flat: Tensor) -> Tensor:
-            largest = torch.maximum(forward(flat[:size]), forward(flat[size : 2 * size]))
-            if not seminorm and flat.numel() > 2 * size:
-                rest = flat[2 * size :]
-                largest = largest.maximum(torch.linalg.vector_norm(rest) / rest.numel() ** 0.5)
-            return largest
-
-        return norm
+        """The derivative of all parts."""
+        pieces = flat[: sum(self.sizes)].split(self.sizes)
+        state = [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+        slope = torch.cat([part.reshape(-1) for part in self.rhs(t, tuple(state))])
+        self.watch.velocity = slope
+        return slope
 
 
 def walk_adjoint(
@@ -111,27 +102,44 @@ def walk_adjoint(
     Returns:
         The gradients of the initial state and of the parameters.
     """
-    size, parts = velocity.proper_size, velocity.proper
-    counted = in_norm[:parts] if any(in_norm[:parts]) else [True] * parts
-    norm = error_norm(velocity.shapes[:parts], solver.norm, counted)
+    size, count = velocity.proper_size, velocity.proper
+    proper = velocity.shapes[:count]
+    rest = torch.Size([sum(parameter.numel() for parameter in tracked)])
+    shapes = [*proper, *proper, *([rest] if tracked else [])]
+    counted = in_norm[:count] if any(in_norm[:count]) else [True] * count
+    norms: list[str | None] = [solver.norm if counts else None for counts in (*counted, *counted)]
+    if tracked:
+        norms.append(None if solver.seminorm else "batch")
+    table = tableau(solver.method)
+
+    if solver.compile:
+        velocity.look(points[-1], solution[-1])
+
+    def steps(sources: Sequence[Tensor]) -> Steps:
+        if solver.compile:
+            rhs = backward_rhs(velocity.rhs, tracked, sources, count)
+            problem = compiled.Problem(rhs, 2 * count, tuple(norms), table)
+            return compiled.CompiledSteps(problem, shapes, solver, watch)
+        rhs = backward_rhs(velocity.parts, tracked, sources, count)
+        flat = Flattened(rhs, shapes[: 2 * count], watch)
+        return PlainSteps(flat, table, solver.rtol, solver.atol, error_norm(shapes, norms))
+
     # the equations are linear in the adjoint: at the scale of one, atol means the same for the mean
     # of a batch as for its sum
     scale = gradient.abs().amax().clamp_min(torch.finfo(gradient.dtype).tiny)
     gradient = gradient / scale
-    sizes = [parameter.numel() for parameter in tracked]
     adjoint, constant = torch.zeros_like(gradient[0]).tensor_split([size])
-    rest = gradient.new_zeros(sum(sizes))
+    grads = gradient.new_zeros(rest)
     for index in range(len(points) - 1, 0, -1):
         adjoint = adjoint + gradient[index, :size]
         constant = constant + gradient[index, size:]
-        backward = Backward(velocity, tracked, velocity.split_integrals(constant))
+        taken = steps(velocity.split_integrals(constant))
         # the solution is known at every requested time: what the way back has lost is made good
-        flat = torch.cat([solution[index, :size], adjoint, rest])
+        flat = torch.cat([solution[index, :size], adjoint, grads])
         span = (points[index], points[index - 1])
-        measure = backward.norm(norm, solver.seminorm)
-        for _, after, _ in advance(backward, flat, span, solver, measure, watch):
+        for _, after, _ in advance(taken, flat, span, solver, watch):
             flat = after
-        adjoint, rest = flat[size : 2 * size], flat[2 * size :]
+        adjoint, grads = flat[size : 2 * size], flat[2 * size :]
     start = scale * (torch.cat([adjoint, constant]) + gradient[0])
-    grads = (scale * rest).split(sizes)
-    return start, [grad.view_as(parameter) for grad, parameter in zip(grads, tracked, strict=True)]
+    pieces = (scale * grads).split([parameter.numel() for parameter in tracked])
+    return start, [piece.view_as(tensor) for piece, tensor in zip(pieces, tracked, strict=True)]

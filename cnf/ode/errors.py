@@ -92,3 +92,13 @@ class UntrackedTensor(RuntimeError):  # noqa: N818
 
 class SolverWarning(UserWarning):
     """A solve that went another way than it was asked to."""
+
+
+class CompilationError(RuntimeError):
+    """A velocity that the compiler cannot follow."""
+
+    def __init__(self, reason: str):
+        super().__init__(
+            "torch.compile cannot make one piece of code of the solver's steps around this field; "
+            f"say Solver(compile=False), or mend what it names: {reason}"
+        )

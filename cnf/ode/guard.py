@@ -29,7 +29,7 @@ Norm = Callable[[Tensor], Tensor]
 
 # stands for NaN and infinity in error norms: large enough to shrink a step as fast as the method
 # allows, small enough that the first step, chosen from its square, does not vanish in float32
-_HUGE = 1e20
+HUGE = 1e20
 
 
 class Watch:
@@ -173,7 +173,7 @@ class Velocity:
             # a view made now would claim a graph that it does not have, and mislead a field that
             # differentiates by the state
             flat = flat.detach()
-        parts = self.parts(t, flat)
+        parts = self.parts(t, self.split_proper(flat[: self.proper_size]))
         if len(parts) == 1:
             velocity = parts[0].reshape(-1)
         else:
@@ -184,15 +184,22 @@ class Velocity:
             watch.evaluated(t, velocity)
         return velocity
 
-    def parts(self, t: Tensor, flat: Tensor) -> State:
-        """dy/dt of each part of the state."""
+    def parts(self, t: Tensor, proper: State) -> State:
+        """dy/dt of each part of the state, from the parts of the proper state."""
         self.watch.nfe += 1
-        parts = self.rhs(t, self.split_proper(flat[: self.proper_size]))
+        parts = self.rhs(t, proper)
         if self.unchecked:
             self._check_shapes(parts)
         if self.untraced and self.watch.direction == "backward":
-            self._check_tracked(t, flat, parts)
+            self._check_tracked([t, *proper, *self.tracked], parts)
         return parts
+
+    def look(self, time: float, flat: Tensor) -> None:
+        """Evaluate once for the checks alone, which compiled code has no place for."""
+        backward = self.watch.direction == "backward"
+        with torch.set_grad_enabled(backward):
+            proper = flat[: self.proper_size].detach().requires_grad_(backward)
+            self.parts(flat.new_full((), time), self.split_proper(proper))
 
     def split(self, flat: Tensor) -> State:
         """The parts of the state in a flat vector, or in several: ``(*times, size)``."""
@@ -226,9 +233,8 @@ class Velocity:
                 f"{[part.dtype for part in parts]}; move the field to it, e.g. flow.to(dtype)"
             )
 
-    def _check_tracked(self, t: Tensor, flat: Tensor, parts: State) -> None:
+    def _check_tracked(self, known: Sequence[Tensor], parts: State) -> None:
         self.untraced = False
-        known = [t, flat, *self.tracked]
         # leaves are told by identity; others by the place where their graph was entered
         leaves = {id(tensor) for tensor in known}
         seen: set[tuple[Any, int]] = {
@@ -246,24 +252,26 @@ class Velocity:
             pending.extend(edge[0].next_functions)
 
 
-def error_norm(shapes: Sequence[torch.Size], kind: str, in_norm: Sequence[bool]) -> Norm:
+def error_norm(shapes: Sequence[torch.Size], kinds: Sequence[str | None]) -> Norm:
     """The norm of a flat error: the largest over the parts of the state that count.
 
-    Each part enters with the root mean square of its entries, or per sample with the largest of
-    them. NaN and infinity count as a very large error, so that the step shrinks and is tried again:
-    a comparison with NaN would let them pass.
+    Each part enters with the root mean square of its entries ("batch"), with the largest of them
+    ("sample"), or not at all (None). NaN and infinity count as a very large
+    error, so that the step shrinks and is tried again: a comparison with NaN would let them pass.
     """
     sizes = [shape.numel() for shape in shapes]
-    counted = [i for i, counts in enumerate(in_norm) if counts and sizes[i]]
-    order = math.inf if kind == "sample" else 2.0
-    scales = [1.0 if kind == "sample" else 1 / math.sqrt(max(size, 1)) for size in sizes]
+    counted = [
+        (i, math.inf if kind == "sample" else 2.0, 1.0 if kind == "sample" else size**-0.5)
+        for i, (kind, size) in enumerate(zip(kinds, sizes, strict=True))
+        if kind is not None and size
+    ]
 
     def norm(flat: Tensor) -> Tensor:
         # detached: the choice of a step is not differentiated
         pieces = flat.detach().split(sizes)
-        norms = [scales[i] * torch.linalg.vector_norm(pieces[i], order) for i in counted]
+        norms = [scale * torch.linalg.vector_norm(pieces[i], order) for i, order, scale in counted]
         largest = norms[0] if len(norms) == 1 else torch.stack(norms).amax()
-        return largest.nan_to_num(nan=_HUGE, posinf=_HUGE)
+        return largest.nan_to_num(nan=HUGE, posinf=HUGE)
 
     return norm
 

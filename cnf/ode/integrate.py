@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
-from cnf.ode import adjoint, stepper
+from cnf.ode import adjoint, compiled, stepper
 from cnf.ode.errors import (
     NonFiniteState,
     SecondOrderGradient,
@@ -23,6 +23,7 @@ from cnf.ode.errors import (
 )
 from cnf.ode.guard import Rhs, State, Velocity, Watch, error_norm, finite
 from cnf.ode.recorder import Stats
+from cnf.ode.runge_kutta import PlainSteps, Steps, evaluate, tableau
 from cnf.ode.solver import ADAPTIVE, FIXED, MULTISTEP, SCIPY, Solver
 
 
@@ -124,7 +125,8 @@ class Problem:
         self.tracked = tracked
         self.integrals = integrals
         self.in_norm = in_norm
-        self.norm = error_norm(shapes, solver.norm, in_norm)
+        self.norms = tuple(solver.norm if counts else None for counts in in_norm)
+        self.norm = error_norm(shapes, self.norms)
         self.watch = Watch(solver, points, torch.finfo(like.dtype).eps, name)
         self.velocity = Velocity(rhs, shapes, like.dtype, self.watch, tracked, integrals)
 
@@ -195,9 +197,18 @@ class Problem:
 
     def walk(self, flat: Tensor, keep: bool = True) -> stepper.Path:
         """The solution by our own stepper, and the way there."""
-        return stepper.walk(
-            self.velocity, flat, self.points, self.solver, self.norm, self.watch, keep
-        )
+        if self.solver.compile:
+            self.velocity.look(self.points[0], flat)
+        return stepper.walk(self.steps(), flat, self.points, self.solver, self.watch, keep)
+
+    def steps(self) -> Steps:
+        """The method's steps of the forward pass."""
+        solver, table = self.solver, tableau(self.solver.method)
+        if solver.compile:
+            velocity = self.velocity
+            problem = compiled.Problem(velocity.rhs, velocity.proper, self.norms, table)
+            return compiled.CompiledSteps(problem, velocity.shapes, solver, self.watch)
+        return PlainSteps(self.velocity, table, solver.rtol, solver.atol, self.norm)
 
     def walk_adjoint(self, solution: Tensor, gradient: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """The adjoint's gradients of the initial state and of the tracked tensors."""
@@ -253,8 +264,10 @@ class Problem:
         watch = self.watch
         watch.begin("backward", adaptive=False)
         try:
+            if self.solver.compile:
+                self.velocity.look(self.points[0], path.kept[0])
             start, grads = stepper.walk_back(
-                self.velocity, path, gradient, self.tracked, self.solver, watch
+                self.steps(), path, gradient, self.tracked, self.solver, watch
             )
             found = [start, *[grad for grad in grads if grad is not None]]
             watch.arrived(found, self.points[0], "the gradient is")
@@ -327,7 +340,7 @@ class Problem:
             return
         with torch.enable_grad():
             y = state[1].detach().requires_grad_()
-            velocity = stepper.evaluate(self.velocity, time, y)
+            velocity = evaluate(self.velocity, time, y)
             grads = torch.autograd.grad(
                 velocity, (y, *self.tracked), state[2], allow_unused=True, retain_graph=True
             )

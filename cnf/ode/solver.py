@@ -78,6 +78,10 @@ class Solver:
             the state's dtype.
         checkpoints: under ``"checkpoint"``, keep at most so many states and recompute the
             others; None keeps one per accepted step.
+        compile: make one piece of code of every step, by ``torch.compile`` (True), or by the
+            backend of it that is named; for Runge-Kutta methods under ``"adjoint"`` and
+            ``"checkpoint"``. The first solve pays for it, one to two minutes where nothing is
+            cached on disk.
         fallback: a fixed-grid method that takes over, with a ``SolverWarning``, when a pass ends
             in ``StepUnderflow`` or ``TooManySteps``; None raises them.
         fallback_steps: its number of steps.
@@ -102,6 +106,7 @@ class Solver:
     max_steps: int = 2000
     min_step: float | None = None
     checkpoints: int | None = None
+    compile: bool | str = False
     fallback: str | None = None
     fallback_steps: int = 40
 
@@ -154,6 +159,23 @@ class Solver:
             raise ValueError(
                 f"checkpoints belongs to gradient='checkpoint', and this is {self.gradient!r}"
             )
+
+        if self.compile and not self.compiles:
+            raise ValueError(
+                "compile is for Runge-Kutta methods without the options step_t, jump_t and "
+                "perturb, under gradient='adjoint' or 'checkpoint'; this is "
+                f"{self.method!r} under {self.gradient!r}"
+            )
+
+    @property
+    def compiles(self) -> bool:
+        """Whether its steps can be compiled."""
+        return self.walks and self.gradient != "backprop"
+
+    @property
+    def backend(self) -> str:
+        """The backend of ``torch.compile``."""
+        return self.compile if isinstance(self.compile, str) else "inductor"
 
     @property
     def backward_method(self) -> str:

@@ -1,0 +1,55 @@
+"""``torch.compile`` as this package calls it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def compiled(
+    function: Callable[..., T],
+    *,
+    backend: str = "inductor",
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    whole: bool = False,
+    variants: int | None = None,
+) -> Callable[..., T]:
+    """A function as compiled code of its own; the first call of each variant pays for it.
+
+    Args:
+        function: what to compile.
+        backend: as in ``torch.compile``.
+        mode: as in ``torch.compile``.
+        dynamic: as in ``torch.compile``.
+        whole: raise where torch would compile around what it cannot follow.
+        variants: how many kinds of arguments are compiled; the others run uncompiled. None leaves
+            it to torch. Nothing happens with a torch that counts per process only.
+    """
+    known = inspect.signature(torch.compile).parameters
+    wanted: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": variants}
+    options = {name: value for name, value in wanted.items() if name in known}
+    run = torch.compile(
+        function, fullgraph=whole, backend=backend, mode=mode, dynamic=dynamic, **options
+    )
+
+    @functools.wraps(function)
+    @torch._dynamo.config.patch(trace_autograd_ops=True)
+    def quiet(*arguments: Any) -> T:
+        # a compiler hides its warnings of its own making from people, but not from filters that
+        # turn warnings into errors: looks at ``.grad``, calls of what torch will soon do without
+        if all(action != "error" for action, *_ in warnings.filters):
+            return run(*arguments)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
+            warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+            return run(*arguments)
+
+    return quiet

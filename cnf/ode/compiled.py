@@ -1,0 +1,232 @@
+"""Runge-Kutta steps that ``torch.compile`` turns into one piece of code each.
+
+Around small networks most of a step's time goes to starting its few hundred operations. The
+functions here hold a whole step: the stages, what they add to the state, and the error's norm. They
+see the state in parts, because a flat vector's length says nothing of how it may vary: with parts
+the batch stays a variable of the compiled code.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from cnf.compiling import compiled
+from cnf.ode.errors import CompilationError
+from cnf.ode.guard import HUGE, Rhs, State, Watch
+from cnf.ode.runge_kutta import Step, Tableau, Trial, first_guess, first_size
+from cnf.ode.solver import Solver
+
+T = TypeVar("T")
+
+# how many different problems a process compiles
+PROBLEMS = 64
+
+
+class Problem(NamedTuple):
+    """What is compiled into the code of a step.
+
+    Attributes:
+        rhs: the right-hand side, from a time and the proper state to the derivatives of all parts.
+        proper: how many parts the right-hand side sees; the others are integrals.
+        norms: how each part's error is measured, "batch" or "sample"; None where it is not.
+        table: the method.
+    """
+
+    rhs: Rhs
+    proper: int
+    norms: tuple[str | None, ...]
+    table: Tableau
+
+    @property
+    def evaluations(self) -> int:
+        """How often a step evaluates the right-hand side, but for its first stage."""
+        return len(self.table.nodes) - 1
+
+
+class CompiledSteps:
+    """Steps as compiled code; what ``PlainSteps`` does operation by operation.
+
+    Args:
+        problem: what is compiled.
+        shapes: of the parts of the state.
+        solver: with the tolerances and the compiler.
+        watch: counts evaluations.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        shapes: Sequence[torch.Size],
+        solver: Solver,
+        watch: Watch,
+    ):
+        self.problem = problem
+        self.shapes = shapes
+        self.sizes = [shape.numel() for shape in shapes]
+        self.tolerances = solver.rtol, solver.atol
+        self.code = code(solver.backend)
+        self.watch = watch
+
+    def begin(self, time: float, y: Tensor, sign: float) -> tuple[Tensor, float]:
+        """The derivative at the start, and the size of a first step."""
+        numbers = self._numbers(y, time, sign)
+        slope, size = self.code.begin(self.problem, numbers, self._parts(y))
+        self.watch.nfe += 2
+        return slope, float(size)
+
+    def trial(self, step: Step, y: Tensor, slope: Tensor | None) -> Trial:
+        """A step and its error."""
+        slopes = None if slope is None else self._parts(slope)
+        numbers = self._numbers(y, *step)
+        trial = self.code.trial(self.problem, numbers, self._parts(y), slopes)
+        self.watch.nfe += self.problem.evaluations + (slope is None)
+        self.watch.velocity = trial[1] if trial[2] is None else trial[2]
+        return Trial(*trial)
+
+    def step(self, step: Step, y: Tensor) -> Tensor:
+        """The state at the end of a step."""
+        self.watch.nfe += self.problem.table.used
+        numbers = self._numbers(y, *step)
+        return self.code.step(self.problem, numbers, self._parts(y))
+
+    def pull(
+        self, step: Step, y: Tensor, adjoint: Tensor, tracked: Sequence[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """The products of the adjoint at a step's end and its derivatives."""
+        self.watch.nfe += self.problem.table.used
+        numbers = self._numbers(y, *step)
+        state, adjoints = self._parts(y), self._parts(adjoint)
+        return self.code.pull(self.problem, numbers, state, adjoints, tuple(tracked))
+
+    def _numbers(self, y: Tensor, time: float, size: float) -> Tensor:
+        # as one tensor: code that was compiled for one number would be compiled again for the next
+        return torch.tensor([time, size, *self.tolerances], dtype=y.dtype, device=y.device)
+
+    def _parts(self, flat: Tensor) -> State:
+        pieces = flat.split(self.sizes)
+        return tuple(piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True))
+
+
+class Code(NamedTuple):
+    """The functions below, compiled."""
+
+    begin: Callable[..., tuple[Tensor, Tensor]]
+    trial: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor]]
+    step: Callable[..., Tensor]
+    pull: Callable[..., tuple[Tensor, Sequence[Tensor]]]
+
+
+@functools.cache
+def code(backend: str) -> Code:
+    """The functions below, compiled once for all problems that look alike to a compiler."""
+    from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+
+    def one(function: Callable[..., T]) -> Callable[..., T]:
+        run = compiled(function, backend=backend, dynamic=True, whole=True, variants=PROBLEMS)
+
+        @functools.wraps(function)
+        def named(*arguments: object) -> T:
+            try:
+                return run(*arguments)
+            except TorchDynamoException as error:
+                raise CompilationError(str(error)) from error
+
+        return named
+
+    return Code(one(begin), one(trial), one(step), one(pull))
+
+
+def begin(problem: Problem, numbers: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    """The derivative at the start, flat, and the size of a first step."""
+    time, sign, rtol, atol = numbers.unbind()
+    proper = state[: problem.proper]
+    slopes = problem.rhs(time, proper)
+    scales = [atol + rtol * part.abs() for part in state]
+    change = _norm(problem, slopes, scales)
+    guess = first_guess(_norm(problem, state, scales), change)
+    move = (sign * guess).to(numbers)
+    ahead = problem.rhs(
+        time + move, tuple(part + move * slope for part, slope in zip(proper, slopes, strict=False))
+    )
+    bends = [after - before for after, before in zip(ahead, slopes, strict=True)]
+    bend = _norm(problem, bends, scales)
+    return _flat(slopes), first_size(guess, change, bend, problem.table.order)
+
+
+def trial(
+    problem: Problem, numbers: Tensor, state: State, slopes: State | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The numbers of a ``Trial``."""
+    time, size, rtol, atol = numbers.unbind()
+    table = problem.table
+    after, stages = _stages(problem, time, size, state, slopes)
+    if table.reuses_last:
+        stages.append(problem.rhs(time + size, after[: problem.proper]))
+    errors = _combine([torch.zeros_like(part) for part in state], size, table.error, stages)
+    scales = [
+        atol + rtol * torch.maximum(before.abs(), then.abs())
+        for before, then in zip(state, after, strict=True)
+    ]
+    last = _flat(stages[-1]) if table.reuses_last else None
+    return _flat(after), _flat(stages[0]), last, _norm(problem, errors, scales)
+
+
+def step(problem: Problem, numbers: Tensor, state: State) -> Tensor:
+    """The state at the end of a step, flat."""
+    time, size, _, _ = numbers.unbind()
+    return _flat(_stages(problem, time, size, state, None)[0])
+
+
+def pull(
+    problem: Problem, numbers: Tensor, state: State, adjoints: State, tracked: State
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """The products of the adjoint at a step's end and its derivatives; zero for what is unused."""
+    time, size, _, _ = numbers.unbind()
+    with torch.enable_grad():
+        state = tuple(part.detach().requires_grad_() for part in state)
+        after, _ = _stages(problem, time, size, state, None)
+        found = torch.autograd.grad(
+            after, (*state, *tracked), adjoints, materialize_grads=True, allow_unused=True
+        )
+    return _flat(found[: len(state)]), found[len(state) :]
+
+
+def _stages(
+    problem: Problem, time: Tensor, size: Tensor, state: State, slopes: State | None
+) -> tuple[State, list[State]]:
+    table, proper = problem.table, state[: problem.proper]
+    stages = [problem.rhs(time, proper) if slopes is None else slopes]
+    for i in range(1, table.used):
+        at = _combine(proper, size, table.stages[i], stages)
+        stages.append(problem.rhs(time + table.nodes[i] * size, at))
+    return _combine(state, size, table.weights, stages), stages
+
+
+def _combine(
+    state: Sequence[Tensor], size: Tensor, weights: Sequence[float], stages: Sequence[State]
+) -> State:
+    """Y + h Σ wᵢ kᵢ of each part."""
+    used = [(weight, stage) for weight, stage in zip(weights, stages, strict=False) if weight]
+    return tuple(
+        part + size * sum(weight * stage[i] for weight, stage in used)
+        for i, part in enumerate(state)
+    )
+
+
+def _norm(problem: Problem, parts: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
+    """The norm of ``error_norm``, of parts over their scales."""
+    norms = []
+    for kind, part, scale in zip(problem.norms, parts, scales, strict=True):
+        if kind is not None and part.numel():
+            ratio = (part / scale).abs()
+            norms.append(ratio.amax() if kind == "sample" else ratio.square().mean().sqrt())
+    return torch.stack(norms).amax().nan_to_num(nan=HUGE, posinf=HUGE)
+
+
+def _flat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts])

@@ -1,0 +1,198 @@
+"""Compiled steps: the numbers of plain ones, their checks and errors, compiled once a problem."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+import cnf
+from cnf.ode import (
+    CompilationError,
+    NonFiniteState,
+    Solver,
+    TooManySteps,
+    UntrackedTensor,
+    compiled,
+    count_nfe,
+    integrate,
+)
+from tests.test_ode_gradients import Problem, gradients
+
+BACKEND = "aot_eager"  # traced and differentiated as by Inductor, without its C++ compiler
+MODES = {
+    "adjoint": {"gradient": "adjoint"},
+    "adjoint, full norm": {"gradient": "adjoint", "seminorm": False, "norm": "batch"},
+    "adjoint on a grid": {"gradient": "adjoint", "adjoint_method": "heun2"},
+    "checkpoint": {"gradient": "checkpoint"},
+    "checkpoint, few kept": {"gradient": "checkpoint", "checkpoints": 3, "norm": "batch"},
+}
+BETWEEN = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
+END = torch.tensor([0.0, 1.0])
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_gradients_are_the_plain_ones(mode):
+    plain = Solver("adaptive_heun", rtol=1e-2, atol=1e-2, **MODES[mode])
+    wanted = gradients(Problem(), plain, BETWEEN)
+    found = gradients(Problem(), dataclasses.replace(plain, compile=BACKEND), BETWEEN)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["rk4", "fehlberg2", "euler"])
+def test_compiled_methods_are_the_plain_ones(method):
+    size = {} if method == "fehlberg2" else {"step_size": 0.25}
+    plain = Solver(method, rtol=1e-3, atol=1e-3, gradient="checkpoint", **size)
+    with torch.no_grad(), count_nfe() as nfe:
+        wanted = Problem().loss(plain)
+    with torch.no_grad(), count_nfe() as compiled_nfe:
+        found = Problem().loss(dataclasses.replace(plain, compile=BACKEND))
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
+    assert compiled_nfe.accepted == nfe.accepted
+    assert compiled_nfe.forward == nfe.forward + 1  # the one for the checks
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_inductor():
+    plain = Solver("heun2", step_size=0.5, gradient="checkpoint")
+    wanted = gradients(Problem(), plain)
+    found = gradients(Problem(), dataclasses.replace(plain, compile=True))
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "divergence"),
+    [("adjoint", cnf.Exact()), ("checkpoint", cnf.Hutchinson(probes=2))],
+    ids=["adjoint, exact", "checkpoint, probes"],
+)
+def test_a_flow_is_scored_and_trained_the_same(gradient, divergence):
+    torch.manual_seed(0)
+    solver = Solver("midpoint", step_size=0.5, gradient=gradient)
+    flow = cnf.ffjord(3, hidden=(8,), solver=solver, divergence=divergence).double()
+    x = torch.randn(9, 3, dtype=torch.float64)
+    costs = {cnf.KineticEnergy(): 0.1, cnf.JacobianNorm(): 0.1}
+
+    def observe(rows):
+        flow.zero_grad()
+        objective = cnf.MaximumLikelihood(flow, costs=costs, tolerance=None)
+        generator = torch.Generator().manual_seed(0)
+        objective(cnf.Batch(x[:rows]), generator=generator).total.backward()
+        return [parameter.grad.clone() for parameter in flow.parameters()]
+
+    wanted = [observe(rows) for rows in (9, 6)]
+    flow.transform.solver = dataclasses.replace(solver, compile=BACKEND)
+    found = [observe(9)]
+    with torch._dynamo.config.patch(error_on_recompile=True):  # the batch is a variable
+        found.append(observe(6))
+    for compiled_gradients, plain in zip(found, wanted, strict=True):
+        for gradient, expected in zip(compiled_gradients, plain, strict=True):
+            torch.testing.assert_close(gradient, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_two_flows_of_one_kind_share_their_code():
+    solver = Solver("heun2", step_size=0.5, compile=BACKEND)
+    x = torch.randn(4, 2)
+    flows = [cnf.ffjord(2, hidden=(8,), solver=solver) for _ in range(2)]
+    flows[0].log_prob(x).sum().backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        flows[1].log_prob(x).sum().backward()
+    plain = dataclasses.replace(solver, compile=False)
+    for flow in flows:
+        found = flow.log_prob(x)
+        flow.transform.solver = plain
+        torch.testing.assert_close(found, flow.log_prob(x))
+
+
+@pytest.mark.parametrize(
+    ("velocity", "error"),
+    [
+        (lambda t, state: (torch.where(t > 0.5, torch.nan, -state[0]),), NonFiniteState),
+        (lambda t, state: (1e7 * (torch.cos(t) - state[0]),), TooManySteps),
+    ],
+    ids=["nan", "stiff"],
+)
+def test_failures_keep_their_names(velocity, error):
+    solver = Solver("bosh3", max_steps=200, compile=BACKEND)
+    with pytest.raises(error, match="t = "):
+        integrate(velocity, (torch.ones(3, 2),), END, solver)
+
+
+def test_mistakes_are_told_before_anything_is_compiled():
+    solver = Solver("heun2", step_size=0.5, compile=BACKEND)
+    with pytest.raises(ValueError, match="shapes of the state"):
+        integrate(lambda t, state: (state[0][:1],), (torch.ones(3, 2),), END, solver)
+    weight = torch.ones(2, requires_grad=True)
+    start = (torch.ones(3, 2, requires_grad=True),)
+    for gradient in ("adjoint", "checkpoint"):
+        (y,), _ = integrate(
+            lambda t, state: (weight * state[0],),
+            start,
+            END,
+            dataclasses.replace(solver, gradient=gradient),
+        )
+        with pytest.raises(UntrackedTensor):
+            y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient": "backprop"},
+        {"method": "scipy_solver"},
+        {"method": "explicit_adams"},
+        {"options": {"step_t": [0.5]}},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_compiled_is_refused(options):
+    with pytest.raises(ValueError, match="compile is for Runge-Kutta"):
+        Solver(compile=True, **options)
+
+
+class Own(nn.Module):
+    """A field of a user's, which knows nothing of tangents."""
+
+    def __init__(self, opaque=False):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.opaque = opaque
+
+    def forward(self, t, x, context=None):
+        if self.opaque:
+            torch._dynamo.graph_break()
+        return torch.tanh(self.layer(x)) * t
+
+
+def test_any_field_may_be_compiled():
+    solver = Solver("midpoint", step_size=0.5, gradient="checkpoint")
+    flow = cnf.Continuous(Own(), solver=solver)
+    x = torch.randn(4, 2)
+
+    def observe():
+        value, log_det, _ = flow(x)
+        return [value, log_det, *torch.autograd.grad(log_det.sum(), flow.field.layer.weight)]
+
+    wanted = observe()
+    flow.solver = dataclasses.replace(solver, compile=BACKEND)
+    for found, expected in zip(observe(), wanted, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_field_that_cannot_be_followed_is_named():
+    flow = cnf.Continuous(Own(opaque=True), solver=Solver("euler", compile=BACKEND))
+    with pytest.raises(CompilationError, match=r"Solver\(compile=False\)"):
+        flow(torch.ones(4, 2))
+
+
+def test_the_code_is_made_once():
+    assert compiled.code(BACKEND) is compiled.code(BACKEND)
