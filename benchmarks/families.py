@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,15 +20,18 @@ BOUND = 5.0
 
 
 class Spec(NamedTuple):
-    """What a flow is to be like; every network has two hidden layers.
+    """What a flow is to be like.
+
+    Every network has two hidden layers, or what the package makes of one residual block.
 
     Attributes:
         family: one of ``FAMILIES``.
         features: D.
         layers: how many couplings or autoregressive layers.
         bins: of a spline.
-        linear: whether an LU map goes before each spline layer where the package has it in its own
-            recipe (all but zuko).
+        linear: for tables: splines with an LU map before each and residual networks, as in the
+            neural spline flows' paper, where the package has these in its own recipe (all but
+            zuko). For speed, no package has them.
     """
 
     family: str
@@ -44,11 +48,14 @@ class Model(NamedTuple):
         module: what holds the parameters.
         log_prob: from ``(batch, features)`` to ``(batch,)``.
         sample: from a number to so many samples.
+        initialize: fills data-dependent parameters from rows; nothing where a package's layers do
+            so themselves, from the first batch that they see.
     """
 
     module: nn.Module
     log_prob: Callable[[Tensor], Tensor]
     sample: Callable[[int], Tensor]
+    initialize: Callable[[Tensor], None] = lambda rows: None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -60,16 +67,15 @@ class Model(NamedTuple):
 
 
 def build(package: str, spec: Spec, width: int = 64, seed: int = 0) -> Model:
-    """A flow of a package, as wide as makes it have about as many parameters as ours of ``width``.
+    """A flow of a package, as wide as makes it have about as many parameters as all others.
 
     Args:
         package: one of ``PACKAGES``.
         spec: what it is to be like.
-        width: of the two hidden layers of our networks.
+        width: of the two hidden layers of our networks, were they plain.
         seed: of the initial weights.
     """
-    if package != "cnf":
-        width = _matched(BUILDERS[package], spec, BUILDERS["cnf"](spec, width).count)
+    width = _matched(BUILDERS[package], spec, _cnf(spec, width, residual=False).count)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return BUILDERS[package](spec, width)
@@ -77,10 +83,11 @@ def build(package: str, spec: Spec, width: int = 64, seed: int = 0) -> Model:
 
 def _matched(make: Callable[[Spec, int], Model], spec: Spec, count: int) -> int:
     """The width whose number of parameters is nearest to ``count``."""
-    return min(range(24, 97), key=lambda width: abs(make(spec, width).count - count))
+    above = bisect.bisect_left(range(97), count, lo=24, key=lambda width: make(spec, width).count)
+    return min(above - 1, above, key=lambda width: abs(make(spec, width).count - count))
 
 
-def _cnf(spec: Spec, width: int) -> Model:
+def _cnf(spec: Spec, width: int, residual: bool = True) -> Model:
     hidden = (width, width)
     if spec.family == "realnvp":
         flow = cnf.realnvp(spec.features, layers=spec.layers, hidden=hidden)
@@ -91,7 +98,8 @@ def _cnf(spec: Spec, width: int) -> Model:
             spec.features,
             autoregressive=spec.family == "nsf-ar",
             layers=spec.layers,
-            hidden=hidden,
+            hidden=(width,) if residual else hidden,
+            residual=residual,
             bins=spec.bins,
             bound=BOUND,
         )
@@ -106,7 +114,7 @@ def _cnf(spec: Spec, width: int) -> Model:
             parts = coupling_layers(spline, spec.features, spec.layers, hidden, 0, "relu")
             parts += interleaved(spec.features)
         flow = cnf.Flow(cnf.Chain(parts), Normal(spec.features))
-    return Model(flow, flow.log_prob, lambda n: flow.sample((n,)))
+    return Model(flow, flow.log_prob, lambda n: flow.sample((n,)), flow.initialize)
 
 
 def _zuko(spec: Spec, width: int) -> Model:
@@ -133,7 +141,7 @@ def _nflows(spec: Spec, width: int) -> Model:
     from nflows import transforms
     from nflows.distributions import StandardNormal
     from nflows.flows import Flow
-    from nflows.nn.nets import MLP
+    from nflows.nn.nets import MLP, ResidualNet
 
     class Net(MLP):
         hidden_features = width  # by which the spline layers scale what they get
@@ -144,16 +152,20 @@ def _nflows(spec: Spec, width: int) -> Model:
     def net(inputs: int, outputs: int) -> nn.Module:
         return Net((inputs,), (outputs,), [width, width], activation=torch.relu)
 
+    def residual_net(inputs: int, outputs: int) -> nn.Module:
+        return ResidualNet(inputs, outputs, width, num_blocks=1)
+
+    splines = spec.family in ("nsf", "nsf-ar")
     masked = {
         "features": spec.features,
         "hidden_features": width,
         "num_blocks": 1,
-        "use_residual_blocks": False,
+        "use_residual_blocks": spec.linear and splines,
     }
     spline = {"num_bins": spec.bins, "tails": "linear", "tail_bound": BOUND}
     parts: list[nn.Module] = []
     for layer in range(spec.layers):
-        if spec.linear and spec.family in ("nsf", "nsf-ar"):
+        if spec.linear and splines:
             parts += [
                 transforms.RandomPermutation(spec.features),
                 transforms.LULinear(spec.features, identity_init=True),
@@ -162,12 +174,16 @@ def _nflows(spec: Spec, width: int) -> Model:
             parts.append(transforms.ReversePermutation(spec.features))
         mask = torch.where(torch.arange(spec.features) % 2 == layer % 2, 1, -1)
         if spec.family == "realnvp":
+            # its couplings only shrink, so that without these no density is higher than the base's
+            parts.append(transforms.ActNorm(spec.features))
             parts.append(transforms.AffineCouplingTransform(mask, net))
         elif spec.family == "maf":
             parts.append(transforms.MaskedAffineAutoregressiveTransform(**masked))
         elif spec.family == "nsf":
             parts.append(
-                transforms.PiecewiseRationalQuadraticCouplingTransform(mask, net, **spline)
+                transforms.PiecewiseRationalQuadraticCouplingTransform(
+                    mask, residual_net if spec.linear else net, **spline
+                )
             )
         else:
             parts.append(
@@ -190,13 +206,14 @@ def _normflows(spec: Spec, width: int) -> Model:
         if spec.family == "realnvp":
             net = normflows.nets.MLP([first, width, width, 2 * second], init_zeros=True)
             parts += [flows.AffineCouplingBlock(net), flows.Permute(D, mode="swap")]
+            parts.append(flows.ActNorm(D))  # as in its own examples
             continue
         if spec.family == "maf":
             made = flows.MaskedAffineAutoregressive(
                 D, width, num_blocks=1, use_residual_blocks=False
             )
-            # without it, densities are the slow direction
-            parts += [flows.Reverse(made), flows.Permute(D)]
+            # reversed, or else densities are the slow direction; then it only shrinks, as nflows'
+            parts += [flows.Reverse(made), flows.Permute(D), flows.ActNorm(D)]
             continue
         if spec.family == "nsf":
             parts.append(

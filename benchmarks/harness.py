@@ -182,8 +182,17 @@ def table(title: str, rows: Sequence[Mapping[str, Any] | Row], note: str = "") -
     return {"title": title, "note": note, "rows": figures, "cells": cells}
 
 
-def write(name: str, tables: Sequence[Mapping[str, Any]], folder: Path = RESULTS) -> Path:
-    """Write ``NAME.json`` and ``NAME.md`` and print the latter; returns the Markdown's path."""
+def write(
+    name: str, tables: Sequence[Mapping[str, Any]], folder: Path = RESULTS, *, quiet: bool = False
+) -> Path:
+    """Write ``NAME.json`` and ``NAME.md``; returns the Markdown's path.
+
+    Args:
+        name: of both files.
+        tables: made by ``table``.
+        folder: where they go.
+        quiet: do not print them, too.
+    """
     facts = machine()
     # where the files go is no part of what was measured, and may name somebody's folders
     words = re.sub(r" --out[ =]\S+", "", " ".join(["", *sys.argv[1:]]))
@@ -199,7 +208,8 @@ def write(name: str, tables: Sequence[Mapping[str, Any]], folder: Path = RESULTS
         lines += [markdown(t["cells"]), ""]
     page = folder / f"{name}.md"
     page.write_text("\n".join(lines))
-    print(page.read_text())
+    if not quiet:
+        print(page.read_text())
     return page
 
 

@@ -30,6 +30,7 @@ TWINS = (
     "ffjord, film and actnorm, D=2, C=2",
     "nice, logistic base, D=2, C=2",
     "nsf, autoregressive, D=2, C=2",
+    "ncsf, autoregressive, D=2, C=2",
     "planar, forward, D=2, C=2",
     "rnode, D=2, C=2",
     "ffjord, (1, 4, 4), C=0",

@@ -45,18 +45,23 @@ def coupling_layers(
     context_features: int,
     activation: str,
     period: float | None = None,
+    *,
+    residual: bool = False,
+    zero_last: bool = True,
 ) -> list[Transform]:
     """Couplings that transform one half of the features and then the other, by one scalar map.
 
     With one feature, the map is conditioned on the context alone.
     With a period, the networks see the features as angles.
+    With ``residual``, they are built of residual blocks; without ``zero_last``, the flow does not
+    start as the identity.
     """
     size = scalar_map.size
     if features == 1:
-        return [
-            Elementwise(scalar_map, (1,), context_net(context_features, size, hidden, activation))
-            for _ in range(layers)
+        nets = [
+            context_net(context_features, size, hidden, activation, residual) for _ in range(layers)
         ]
+        return [Elementwise(scalar_map, (1,), net) for net in nets]
     couplings: list[Transform] = []
     for layer in range(layers):
         mask = half_mask(features, flip=layer % 2 == 1)
@@ -67,6 +72,8 @@ def coupling_layers(
             hidden=hidden,
             context_features=context_features,
             activation=activation,
+            residual=residual,
+            zero_last=zero_last,
         )
         if period is not None:
             net = Periodic(net, period)
@@ -75,12 +82,16 @@ def coupling_layers(
 
 
 def context_net(
-    context_features: int, outputs: int, hidden: tuple[int, ...], activation: str
+    context_features: int,
+    outputs: int,
+    hidden: tuple[int, ...],
+    activation: str,
+    residual: bool = False,
 ) -> MLP | None:
     """A network from the context to numbers; None where there is no context."""
     if not context_features:
         return None
-    return MLP(context_features, outputs, hidden=hidden, activation=activation)
+    return MLP(context_features, outputs, hidden=hidden, activation=activation, residual=residual)
 
 
 def autoregressive_layers(

@@ -21,8 +21,9 @@ def nsf(
     context_features: int = 0,
     autoregressive: bool = False,
     layers: int = 4,
-    hidden: tuple[int, ...] = (64, 64),
+    hidden: tuple[int, ...] = (64,),
     activation: str = "relu",
+    residual: bool = True,
     bins: int = 8,
     bound: float = 5.0,
 ) -> Flow:
@@ -33,8 +34,10 @@ def nsf(
         context_features: size of the context, 0 for an unconditional density.
         autoregressive: RQ-NSF (AR) instead of RQ-NSF (C).
         layers: number of spline layers.
-        hidden: sizes of the hidden layers of each network.
+        hidden: sizes of each network's residual blocks, all alike; without ``residual``, of its
+            hidden layers.
         activation: of the networks.
+        residual: build the networks of residual blocks, of which the paper has two.
         bins: number of bins of a spline.
         bound: splines act on [-bound, bound] and are the identity outside.
 
@@ -50,10 +53,12 @@ def nsf(
     ends: list[Permutation] = []
     if autoregressive:
         parts = autoregressive_layers(
-            spline, features, layers, hidden, context_features, activation, False
+            spline, features, layers, hidden, context_features, activation, residual
         )
     else:
-        parts = coupling_layers(spline, features, layers, hidden, context_features, activation)
+        parts = coupling_layers(
+            spline, features, layers, hidden, context_features, activation, residual=residual
+        )
         ends = interleaved(features)
     transform = Chain([*mixed(parts, lambda: LULinear(features)), *ends])
     return Flow(transform, Normal(features), context_features=context_features)

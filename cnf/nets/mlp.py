@@ -88,7 +88,10 @@ def layer_widths(inputs: int, hidden: Sequence[int], outputs: int, residual: boo
     if not residual:
         return [inputs, *hidden, outputs]
     if len(set(hidden)) > 1:
-        raise ValueError(f"residual blocks need one width for all, got hidden={tuple(hidden)}")
+        raise ValueError(
+            f"residual blocks need one width for all, got hidden={tuple(hidden)}; plain layers "
+            "(residual=False) do not"
+        )
     # one layer in, two to a block
     return [inputs, *hidden[:1], *(width for width in hidden for _ in range(2)), outputs]
 
