@@ -291,6 +291,8 @@ def models(features: int, context: int, most: int = 4) -> list[Member]:
             features, layers=min(2, most), bins=3, autoregressive=True, **small
         ),
     }
+    # residual networks are louder than plain ones of the same numbers
+    spreads = {"otflow": 0.05, "nsf, autoregressive": 0.15}
     return [
         Member(
             f"{name}, D={features}, C={context}",
@@ -298,7 +300,7 @@ def models(features: int, context: int, most: int = 4) -> list[Member]:
             (features,),
             context,
             window=(-math.pi, math.pi) if name.startswith("ncsf") else None,
-            spread=0.05 if name == "otflow" else 0.3,
+            spread=spreads.get(name, 0.3),
         )
         for name, build in builders.items()
     ]
