@@ -52,6 +52,7 @@ def realnvp(
     For images: on every level half of the couplings split the pixels like a checkerboard and, after
     a squeeze, half of them the channels, of which half then leaves; the last level has the
     checkerboard and one coupling more. ActNorm stands where the paper has batch normalisation.
+    In two dimensions it starts as the identity.
 
     Args:
         features: D, the size of one x; for images ``(channels, height, width)``.
@@ -79,9 +80,15 @@ def realnvp(
     affine = _affine(shape, bound)
     core: list[Transform]
     if len(shape) == 1:
-        # networks that start from zero learned 0.05 to 0.2 nats less of tables in as many steps
+        # from zero, networks learned 0.05 to 0.2 nats less of tables, but more of a checkerboard
         core = coupling_layers(
-            affine, shape[0], layers, hidden, context_features, activation, zero_last=False
+            affine,
+            shape[0],
+            layers,
+            hidden,
+            context_features,
+            activation,
+            zero_last=shape[0] == 2,
         )
         core += interleaved(shape[0])
     else:
