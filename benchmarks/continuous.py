@@ -67,17 +67,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     rounds = {"quick": 3, "usual": 10, "full": 30}[options.effort]
+    tables: list[dict[str, Any]] = []
+    for found in _tables(options, rounds):
+        tables += found
+        # what is known so far, in case the rest is interrupted
+        harness.write("continuous", tables, options.out)
+
+
+def _tables(options: argparse.Namespace, rounds: int) -> Iterator[list[dict[str, Any]]]:
     quick = options.effort == "quick"
-    tables = []
     if options.part != "evaluation":
         for batch in options.batches or ([16, 512] if quick else [16, 100, 512, 4096]):
-            tables.append(training_steps(batch, rounds))
+            yield [training_steps(batch, rounds)]
         if not quick:
-            tables.append(training_steps(512, rounds, hutchinson=True))
+            yield [training_steps(512, rounds, hutchinson=True)]
     if options.part != "steps":
         for features in [2] if quick else [2, 43, 63]:
-            tables += evaluation(features, 512, rounds if features == 2 else max(3, rounds // 3))
-    harness.write("continuous", tables, options.out)
+            yield evaluation(features, 512, rounds if features == 2 else max(3, rounds // 3))
 
 
 # --- a field that has somewhere to go -----------------------------------------------------------
