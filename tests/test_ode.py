@@ -94,7 +94,7 @@ def test_our_steps_are_torchdiffeqs(state, method, times):
     for mine, other in zip(ours, theirs, strict=True):
         assert torch.allclose(mine, other, rtol=0, atol=5e-4 if differs else 1e-10)
     if len(times) == 2:
-        assert counted.accepted == reference.accepted
+        assert abs(counted.accepted - reference.accepted) <= differs
         assert counted.rejected == reference.rejected
 
 

@@ -160,6 +160,13 @@ class Problem:
     def odeint(self, flat: Tensor) -> Tensor:
         """The solution by torchdiffeq, differentiable as plain code is."""
         solver = self.solver
+        options = self._options(solver.method, solver.options)
+        if solver.method in ADAPTIVE and "first_step" not in options:
+            with torch.no_grad():
+                start = flat.detach()
+                options["first_step"] = self.steps().begin(self.points[0], start, self.watch.sign)[
+                    1
+                ]
         return self._finished(
             odeint(
                 self.velocity,
@@ -168,7 +175,7 @@ class Problem:
                 rtol=solver.rtol,
                 atol=solver.atol,
                 method=solver.method,
-                options={**self._options(solver.method, solver.options), "norm": self.norm},
+                options={**options, "norm": self.norm},
             )
         )
 

