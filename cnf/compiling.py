@@ -24,6 +24,8 @@ def compiled(
 ) -> Callable[..., T]:
     """A function as compiled code of its own; the first call of each variant pays for it.
 
+    Without the C++ compiler that Inductor needs it is the function itself, with a warning.
+
     Args:
         function: what to compile.
         backend: as in ``torch.compile``.
@@ -33,6 +35,13 @@ def compiled(
         variants: how many kinds of arguments are compiled; the others run uncompiled. None leaves
             it to torch. Nothing happens with a torch that counts per process only.
     """
+    if backend == "inductor" and not has_compiler():
+        warnings.warn(
+            "torch.compile finds no C++ compiler, so nothing is compiled; install g++ or clang, or "
+            "name one in the environment variable CXX",
+            stacklevel=2,
+        )
+        return function
     known = inspect.signature(torch.compile).parameters
     wanted: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": variants}
     options = {name: value for name, value in wanted.items() if name in known}
@@ -53,3 +62,14 @@ def compiled(
             return run(*arguments)
 
     return quiet
+
+
+def has_compiler() -> bool:
+    """Whether Inductor finds a C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return bool(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return False

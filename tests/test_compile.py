@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import cnf
+from cnf import compiling
 from cnf.distributions import Normal
 from tests.registry import TRANSFORMS, Member, image_models, models
 from tests.test_laws import contexts, make, points
@@ -86,3 +87,12 @@ def test_compiled_flow_can_be_copied_and_saved(tmp_path):
     flow = cnf.realnvp(2, layers=2)
     flow.compile(backend="aot_eager").save(tmp_path)
     assert torch.equal(cnf.load(tmp_path).sample((0,)), flow.sample((0,)))
+
+
+def test_without_a_compiler_a_flow_runs_as_it_is_and_says_so(monkeypatch):
+    monkeypatch.setattr(compiling, "has_compiler", lambda: False)
+    flow, x = cnf.realnvp(2, layers=2), torch.ones(3, 2)
+    plain = flow.log_prob(x)
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
+        flow.compile()
+    assert torch.equal(flow.log_prob(x), plain)
