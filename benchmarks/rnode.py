@@ -37,11 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decay", type=float, default=10.0, help="by what the weights have fallen at its end"
     )
     parser.add_argument(
+        "--straight", action="store_true", help="only the evaluations of straight paths"
+    )
+    parser.add_argument(
         "--keep", action="store_true", help="rows that were measured before with these steps"
     )
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.straight:
+        harness.write("rnode-straight", [straight()])
+        return
     note = (
         f"{options.steps} steps of {options.batch} points each, dopri5 at 1e-3, from the same "
         "weights and batches. Gap: mean of true minus model's log-density, nats, on "
@@ -148,3 +154,37 @@ def evaluations(flow: cnf.Flow, x: Tensor, norm: str) -> float:
 
 def _falling(weight: float, decay: float, progress: float) -> float:
     return weight * decay**-progress
+
+
+def straight() -> dict[str, Any]:
+    """What a solve costs where nothing is left to straighten: x ↦ k x along straight lines."""
+    rows = []
+    for factor in (2.0, 3.0, 4.0, 6.0, 8.0):
+        x = torch.randn(SOLVED, 2, generator=torch.Generator().manual_seed(SEED)) / factor
+        row: dict[str, Any] = {"": f"{factor:g} times as wide"}
+        for norm in ("batch", "sample"):
+            solver = cnf.Solver(rtol=TOLERANCE, atol=TOLERANCE, norm=norm)
+            flow = cnf.Continuous(Widening(factor), solver=solver)
+            with torch.no_grad(), cnf.count_nfe() as nfe:
+                flow.inverse(x)
+            row[f"NFE, {norm} norm"] = nfe.forward
+        rows.append(row)
+    note = (
+        f"Evaluations of one density solve of {SOLVED:,} points at {TOLERANCE:g}, data to base, of "
+        "a flow that widens the data evenly in both dimensions with no acceleration at all."
+    )
+    return harness.table("Straight paths", rows, note)
+
+
+class Widening(torch.nn.Module):
+    """The velocity whose paths from data to base are x (1 + (k - 1)(1 - t)): straight and even."""
+
+    couples_batch = False
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        grown = 1 + (self.factor - 1) * (1 - t)
+        return -(self.factor - 1) / grown * x
