@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     harness.add_effort(parser)
     parser.add_argument("--part", choices=("steps", "evaluation"), help="only this part")
     parser.add_argument("--batches", type=int, nargs="+", help="batch sizes of the training steps")
+    parser.add_argument("--features", type=int, nargs="+", help="D of the evaluations")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for results")
 
 
@@ -71,7 +72,8 @@ def run(options: argparse.Namespace) -> None:
     for found in _tables(options, rounds):
         tables += found
         # what is known so far, in case the rest is interrupted
-        harness.write("continuous", tables, options.out)
+        name = f"continuous-{options.part}" if options.part else "continuous"
+        harness.write(name, tables, options.out)
 
 
 def _tables(options: argparse.Namespace, rounds: int) -> Iterator[list[dict[str, Any]]]:
@@ -82,7 +84,7 @@ def _tables(options: argparse.Namespace, rounds: int) -> Iterator[list[dict[str,
         if not quick:
             yield [training_steps(512, rounds, hutchinson=True)]
     if options.part != "steps":
-        for features in [2] if quick else [2, 43, 63]:
+        for features in options.features or ([2] if quick else [2, 43, 63]):
             yield evaluation(features, 512, rounds if features == 2 else max(3, rounds // 3))
 
 

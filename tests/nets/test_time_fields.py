@@ -91,6 +91,29 @@ def test_products_and_trace_are_autograds(name):
         torch.testing.assert_close(traced.divergence[i], expected.trace(), atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("batch", [(3,), (9,), (2, 5)], ids=str)
+@pytest.mark.parametrize("features", [2, 6])
+@pytest.mark.parametrize("hidden", [(7,), (5, 6), (5, 6, 7), (4, 5, 6, 7)], ids=str)
+def test_traces_of_every_depth_and_batch(hidden, features, batch):
+    torch.manual_seed(0)
+    field = TimeMLP(features, hidden).double()
+    x = points(*batch, features).requires_grad_()
+    parameters = [x, *field.parameters()]
+    _, trace = field.trace(T, x, None)
+    rows = [jacobian(field, T, row, None).trace() for row in x.detach().reshape(-1, features)]
+    torch.testing.assert_close(trace.flatten(), torch.stack(rows), atol=1e-12, rtol=1e-9)
+
+    basis = torch.eye(features, dtype=F64).view(features, *[1] * len(batch), features)
+    _, products = field.push(T, x, None, basis.expand(features, *batch, features))
+    wanted = torch.einsum("i...i->...", products)
+    for found, expected in zip(
+        torch.autograd.grad(trace.sum(), parameters, materialize_grads=True, allow_unused=True),
+        torch.autograd.grad(wanted.sum(), parameters, materialize_grads=True, allow_unused=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-9)
+
+
 @every
 def test_a_scalar_time_is_one_for_every_sample(name):
     field, event = build(name)
