@@ -1,4 +1,7 @@
-"""Compiled flows give what eager ones do: every member traced, one of them through Inductor."""
+"""Compiled flows give what eager ones do: every member traced, two through Inductor.
+
+The steps of continuous flows have their own tests, one of them through Inductor, too.
+"""
 
 from __future__ import annotations
 
@@ -79,8 +82,11 @@ def test_traced(member):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-def test_inductor():
-    check(Member("nsf", lambda solver: cnf.nsf(2, hidden=(8,), layers=2), event=(2,)), "inductor")
+@pytest.mark.parametrize("name", ["realnvp", "nsf"])
+def test_inductor(name):
+    build = cnf.models[name].build
+    member = Member(name, lambda solver: build(2, hidden=(8,), layers=2), event=(2,))
+    check(member, "inductor")
 
 
 def test_compiled_flow_can_be_copied_and_saved(tmp_path):

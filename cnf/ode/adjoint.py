@@ -118,8 +118,8 @@ def walk_adjoint(
     def steps(sources: Sequence[Tensor]) -> Steps:
         if solver.compile:
             rhs = backward_rhs(velocity.rhs, tracked, sources, count)
-            problem = compiled.Problem(rhs, 2 * count, tuple(norms), table)
-            return compiled.CompiledSteps(problem, shapes, solver, watch)
+            spec = compiled.Spec(rhs, 2 * count, tuple(norms), table)
+            return compiled.CompiledSteps(spec, shapes, solver, watch)
         rhs = backward_rhs(velocity.parts, tracked, sources, count)
         flat = Flattened(rhs, shapes[: 2 * count], watch)
         return PlainSteps(flat, table, solver.rtol, solver.atol, error_norm(shapes, norms))

@@ -23,11 +23,11 @@ from cnf.ode.solver import Solver
 
 T = TypeVar("T")
 
-# how many different problems a process compiles
-PROBLEMS = 64
+# how many different specs a process compiles
+VARIANTS = 64
 
 
-class Problem(NamedTuple):
+class Spec(NamedTuple):
     """What is compiled into the code of a step.
 
     Attributes:
@@ -52,7 +52,7 @@ class CompiledSteps:
     """Steps as compiled code; what ``PlainSteps`` does operation by operation.
 
     Args:
-        problem: what is compiled.
+        spec: what is compiled.
         shapes: of the parts of the state.
         solver: with the tolerances and the compiler.
         watch: counts evaluations.
@@ -60,12 +60,12 @@ class CompiledSteps:
 
     def __init__(
         self,
-        problem: Problem,
+        spec: Spec,
         shapes: Sequence[torch.Size],
         solver: Solver,
         watch: Watch,
     ):
-        self.problem = problem
+        self.spec = spec
         self.shapes = shapes
         self.sizes = [shape.numel() for shape in shapes]
         self.tolerances = solver.rtol, solver.atol
@@ -75,7 +75,7 @@ class CompiledSteps:
     def begin(self, time: float, y: Tensor, sign: float) -> tuple[Tensor, float]:
         """The derivative at the start, and the size of a first step."""
         numbers = self._numbers(y, time, sign)
-        slope, size = self.code.begin(self.problem, numbers, self._parts(y))
+        slope, size = self.code.begin(self.spec, numbers, self._parts(y))
         self.watch.nfe += 2
         return slope, float(size)
 
@@ -83,25 +83,25 @@ class CompiledSteps:
         """A step and its error."""
         slopes = None if slope is None else self._parts(slope)
         numbers = self._numbers(y, *step)
-        trial = self.code.trial(self.problem, numbers, self._parts(y), slopes)
-        self.watch.nfe += self.problem.evaluations + (slope is None)
+        trial = self.code.trial(self.spec, numbers, self._parts(y), slopes)
+        self.watch.nfe += self.spec.evaluations + (slope is None)
         self.watch.velocity = trial[1] if trial[2] is None else trial[2]
         return Trial(*trial)
 
     def step(self, step: Step, y: Tensor) -> Tensor:
         """The state at the end of a step."""
-        self.watch.nfe += self.problem.table.used
+        self.watch.nfe += self.spec.table.used
         numbers = self._numbers(y, *step)
-        return self.code.step(self.problem, numbers, self._parts(y))
+        return self.code.step(self.spec, numbers, self._parts(y))
 
     def pull(
         self, step: Step, y: Tensor, adjoint: Tensor, tracked: Sequence[Tensor]
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """The products of the adjoint at a step's end and its derivatives."""
-        self.watch.nfe += self.problem.table.used
+        self.watch.nfe += self.spec.table.used
         numbers = self._numbers(y, *step)
         state, adjoints = self._parts(y), self._parts(adjoint)
-        return self.code.pull(self.problem, numbers, state, adjoints, tuple(tracked))
+        return self.code.pull(self.spec, numbers, state, adjoints, tuple(tracked))
 
     def _numbers(self, y: Tensor, time: float, size: float) -> Tensor:
         # as one tensor: code that was compiled for one number would be compiled again for the next
@@ -123,11 +123,11 @@ class Code(NamedTuple):
 
 @functools.cache
 def code(backend: str) -> Code:
-    """The functions below, compiled once for all problems that look alike to a compiler."""
+    """The functions below, compiled once for all specs that look alike to a compiler."""
     from torch._dynamo.exc import TorchDynamoException  # takes a second to import
 
     def one(function: Callable[..., T]) -> Callable[..., T]:
-        run = compiled(function, backend=backend, dynamic=True, whole=True, variants=PROBLEMS)
+        run = compiled(function, backend=backend, dynamic=True, whole=True, variants=VARIANTS)
 
         @functools.wraps(function)
         def named(*arguments: object) -> T:
@@ -141,55 +141,55 @@ def code(backend: str) -> Code:
     return Code(one(begin), one(trial), one(step), one(pull))
 
 
-def begin(problem: Problem, numbers: Tensor, state: State) -> tuple[Tensor, Tensor]:
+def begin(spec: Spec, numbers: Tensor, state: State) -> tuple[Tensor, Tensor]:
     """The derivative at the start, flat, and the size of a first step."""
     time, sign, rtol, atol = numbers.unbind()
-    proper = state[: problem.proper]
-    slopes = problem.rhs(time, proper)
+    proper = state[: spec.proper]
+    slopes = spec.rhs(time, proper)
     scales = [atol + rtol * part.abs() for part in state]
-    change = _norm(problem, slopes, scales)
-    guess = first_guess(_norm(problem, state, scales), change)
+    change = _norm(spec, slopes, scales)
+    guess = first_guess(_norm(spec, state, scales), change)
     move = (sign * guess).to(numbers)
-    ahead = problem.rhs(
+    ahead = spec.rhs(
         time + move, tuple(part + move * slope for part, slope in zip(proper, slopes, strict=False))
     )
     bends = [after - before for after, before in zip(ahead, slopes, strict=True)]
-    bend = _norm(problem, bends, scales)
-    return _flat(slopes), first_size(guess, change, bend, problem.table.order)
+    bend = _norm(spec, bends, scales)
+    return _flat(slopes), first_size(guess, change, bend, spec.table.order)
 
 
 def trial(
-    problem: Problem, numbers: Tensor, state: State, slopes: State | None
+    spec: Spec, numbers: Tensor, state: State, slopes: State | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """The numbers of a ``Trial``."""
     time, size, rtol, atol = numbers.unbind()
-    table = problem.table
-    after, stages = _stages(problem, time, size, state, slopes)
+    table = spec.table
+    after, stages = _stages(spec, time, size, state, slopes)
     if table.reuses_last:
-        stages.append(problem.rhs(time + size, after[: problem.proper]))
+        stages.append(spec.rhs(time + size, after[: spec.proper]))
     errors = _combine([torch.zeros_like(part) for part in state], size, table.error, stages)
     scales = [
         atol + rtol * torch.maximum(before.abs(), then.abs())
         for before, then in zip(state, after, strict=True)
     ]
     last = _flat(stages[-1]) if table.reuses_last else None
-    return _flat(after), _flat(stages[0]), last, _norm(problem, errors, scales)
+    return _flat(after), _flat(stages[0]), last, _norm(spec, errors, scales)
 
 
-def step(problem: Problem, numbers: Tensor, state: State) -> Tensor:
+def step(spec: Spec, numbers: Tensor, state: State) -> Tensor:
     """The state at the end of a step, flat."""
     time, size, _, _ = numbers.unbind()
-    return _flat(_stages(problem, time, size, state, None)[0])
+    return _flat(_stages(spec, time, size, state, None)[0])
 
 
 def pull(
-    problem: Problem, numbers: Tensor, state: State, adjoints: State, tracked: State
+    spec: Spec, numbers: Tensor, state: State, adjoints: State, tracked: State
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """The products of the adjoint at a step's end and its derivatives; zero for what is unused."""
     time, size, _, _ = numbers.unbind()
     with torch.enable_grad():
         state = tuple(part.detach().requires_grad_() for part in state)
-        after, _ = _stages(problem, time, size, state, None)
+        after, _ = _stages(spec, time, size, state, None)
         found = torch.autograd.grad(
             after, (*state, *tracked), adjoints, materialize_grads=True, allow_unused=True
         )
@@ -197,13 +197,13 @@ def pull(
 
 
 def _stages(
-    problem: Problem, time: Tensor, size: Tensor, state: State, slopes: State | None
+    spec: Spec, time: Tensor, size: Tensor, state: State, slopes: State | None
 ) -> tuple[State, list[State]]:
-    table, proper = problem.table, state[: problem.proper]
-    stages = [problem.rhs(time, proper) if slopes is None else slopes]
+    table, proper = spec.table, state[: spec.proper]
+    stages = [spec.rhs(time, proper) if slopes is None else slopes]
     for i in range(1, table.used):
         at = _combine(proper, size, table.stages[i], stages)
-        stages.append(problem.rhs(time + table.nodes[i] * size, at))
+        stages.append(spec.rhs(time + table.nodes[i] * size, at))
     return _combine(state, size, table.weights, stages), stages
 
 
@@ -218,10 +218,10 @@ def _combine(
     )
 
 
-def _norm(problem: Problem, parts: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
+def _norm(spec: Spec, parts: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
     """The norm of ``error_norm``, of parts over their scales."""
     norms = []
-    for kind, part, scale in zip(problem.norms, parts, scales, strict=True):
+    for kind, part, scale in zip(spec.norms, parts, scales, strict=True):
         if kind is not None and part.numel():
             ratio = (part / scale).abs()
             norms.append(ratio.amax() if kind == "sample" else ratio.square().mean().sqrt())

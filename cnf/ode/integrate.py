@@ -213,8 +213,8 @@ class Problem:
         solver, table = self.solver, tableau(self.solver.method)
         if solver.compile:
             velocity = self.velocity
-            problem = compiled.Problem(velocity.rhs, velocity.proper, self.norms, table)
-            return compiled.CompiledSteps(problem, velocity.shapes, solver, self.watch)
+            spec = compiled.Spec(velocity.rhs, velocity.proper, self.norms, table)
+            return compiled.CompiledSteps(spec, velocity.shapes, solver, self.watch)
         return PlainSteps(self.velocity, table, solver.rtol, solver.atol, self.norm)
 
     def walk_adjoint(self, solution: Tensor, gradient: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
