@@ -21,9 +21,9 @@ def nsf(
     context_features: int = 0,
     autoregressive: bool = False,
     layers: int = 4,
-    hidden: tuple[int, ...] = (64,),
+    hidden: tuple[int, ...] | None = None,
     activation: str = "relu",
-    residual: bool = True,
+    residual: bool | None = None,
     bins: int = 8,
     bound: float = 5.0,
 ) -> Flow:
@@ -34,10 +34,11 @@ def nsf(
         context_features: size of the context, 0 for an unconditional density.
         autoregressive: RQ-NSF (AR) instead of RQ-NSF (C).
         layers: number of spline layers.
-        hidden: sizes of each network's residual blocks, all alike; without ``residual``, of its
-            hidden layers.
+        hidden: sizes of each network's residual blocks, all alike, or without ``residual`` of its
+            hidden layers; None means one block of 64, or two layers of 64.
         activation: of the networks.
-        residual: build the networks of residual blocks, of which the paper has two.
+        residual: build the networks of residual blocks, of which the paper has two; None does so
+            beyond two dimensions, where they fit tables better. In the plane they fit worse.
         bins: number of bins of a spline.
         bound: splines act on [-bound, bound] and are the identity outside.
 
@@ -49,6 +50,10 @@ def nsf(
         torch.Size([2, 5])
     """
     spline = RationalQuadratic(bins=bins, bound=bound)
+    if residual is None:
+        residual = features > 2
+    if hidden is None:
+        hidden = (64,) if residual else (64, 64)
     parts: list[Transform] | list[Autoregressive]
     ends: list[Permutation] = []
     if autoregressive:
