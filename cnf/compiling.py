@@ -32,8 +32,9 @@ def compiled(
         mode: as in ``torch.compile``.
         dynamic: as in ``torch.compile``.
         whole: raise where torch would compile around what it cannot follow.
-        variants: how many kinds of arguments are compiled; the others run uncompiled. None leaves
-            it to torch. Nothing happens with a torch that counts per process only.
+        variants: how many kinds of arguments are compiled; the others run uncompiled, or with
+            ``whole`` are an error. None leaves it to torch, as does a torch that knows no such
+            number.
     """
     if backend == "inductor" and not has_compiler():
         warnings.warn(

@@ -181,13 +181,13 @@ def trace_of_product(weights: list[Tensor], slopes: list[Tensor]) -> Tensor:
     if len(weights) == 3:
         return ((slopes[0] @ (weights[1] * cycle.T).T) * slopes[1]).sum(-1)
     columns, width, depth = first.shape[1], first.shape[0], len(weights)
-    rows = slopes[0].shape[:-1].numel()
-    if depth == 4 and not _pushes_inputs(columns, width, depth) and rows >= width:
+    pushes_inputs = _pushes_inputs(columns, width, depth)
+    if depth == 4 and not pushes_inputs and slopes[0].shape[:-1].numel() >= width:
         # a form of three vectors, made once for the batch: a product and a contraction of it
         form = cycle.unsqueeze(-1) * weights[2] * weights[1].T.unsqueeze(1)
         partial = (slopes[0] @ form.flatten(1)).unflatten(-1, form.shape[1:])
         return ((partial @ slopes[1].unsqueeze(-1)).squeeze(-1) * slopes[2]).sum(-1)
-    if _pushes_inputs(columns, width, depth):
+    if pushes_inputs:
         start, rest, close = 0, first.T, last
         carry = rest.reshape(columns, *[1] * (slopes[0].dim() - 1), width)
     else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cnf.ode import compiled
-from cnf.ode.guard import Rhs, State, Velocity, Watch, error_norm
+from cnf.ode.guard import Rhs, State, Velocity, Watch, cut, error_norm, join
 from cnf.ode.runge_kutta import PlainSteps, Steps, tableau
 from cnf.ode.solver import Solver
 from cnf.ode.stepper import advance
@@ -66,13 +66,12 @@ class Flattened:
         self.rhs = rhs
         self.shapes = shapes
         self.sizes = [shape.numel() for shape in shapes]
+        self.size = sum(self.sizes)
         self.watch = watch
 
     def __call__(self, t: Tensor, flat: Tensor) -> Tensor:
         """The derivative of all parts."""
-        pieces = flat[: sum(self.sizes)].split(self.sizes)
-        state = [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
-        slope = torch.cat([part.reshape(-1) for part in self.rhs(t, tuple(state))])
+        slope = join(self.rhs(t, cut(flat[: self.size], self.sizes, self.shapes)))
         self.watch.velocity = slope
         return slope
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cnf.compiling import compiled
 from cnf.ode.errors import CompilationError
-from cnf.ode.guard import HUGE, Rhs, State, Watch
+from cnf.ode.guard import HUGE, Rhs, State, Watch, cut, join
 from cnf.ode.runge_kutta import Step, Tableau, Trial, first_guess, first_size
 from cnf.ode.solver import Solver
 
@@ -108,8 +108,7 @@ class CompiledSteps:
         return torch.tensor([time, size, *self.tolerances], dtype=y.dtype, device=y.device)
 
     def _parts(self, flat: Tensor) -> State:
-        pieces = flat.split(self.sizes)
-        return tuple(piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True))
+        return cut(flat, self.sizes, self.shapes)
 
 
 class Code(NamedTuple):
@@ -155,7 +154,7 @@ def begin(spec: Spec, numbers: Tensor, state: State) -> tuple[Tensor, Tensor]:
     )
     bends = [after - before for after, before in zip(ahead, slopes, strict=True)]
     bend = _norm(spec, bends, scales)
-    return _flat(slopes), first_size(guess, change, bend, spec.table.order)
+    return join(slopes), first_size(guess, change, bend, spec.table.order)
 
 
 def trial(
@@ -172,14 +171,14 @@ def trial(
         atol + rtol * torch.maximum(before.abs(), then.abs())
         for before, then in zip(state, after, strict=True)
     ]
-    last = _flat(stages[-1]) if table.reuses_last else None
-    return _flat(after), _flat(stages[0]), last, _norm(spec, errors, scales)
+    last = join(stages[-1]) if table.reuses_last else None
+    return join(after), join(stages[0]), last, _norm(spec, errors, scales)
 
 
 def step(spec: Spec, numbers: Tensor, state: State) -> Tensor:
     """The state at the end of a step, flat."""
     time, size, _, _ = numbers.unbind()
-    return _flat(_stages(spec, time, size, state, None)[0])
+    return join(_stages(spec, time, size, state, None)[0])
 
 
 def pull(
@@ -193,7 +192,7 @@ def pull(
         found = torch.autograd.grad(
             after, (*state, *tracked), adjoints, materialize_grads=True, allow_unused=True
         )
-    return _flat(found[: len(state)]), found[len(state) :]
+    return join(found[: len(state)]), found[len(state) :]
 
 
 def _stages(
@@ -226,7 +225,3 @@ def _norm(spec: Spec, parts: Sequence[Tensor], scales: Sequence[Tensor]) -> Tens
             ratio = (part / scale).abs()
             norms.append(ratio.amax() if kind == "sample" else ratio.square().mean().sqrt())
     return torch.stack(norms).amax().nan_to_num(nan=HUGE, posinf=HUGE)
-
-
-def _flat(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.reshape(-1) for part in parts])

@@ -174,10 +174,7 @@ class Velocity:
             # differentiates by the state
             flat = flat.detach()
         parts = self.parts(t, self.split_proper(flat[: self.proper_size]))
-        if len(parts) == 1:
-            velocity = parts[0].reshape(-1)
-        else:
-            velocity = torch.cat([part.reshape(-1) for part in parts])
+        velocity = join(parts)
         watch = self.watch
         watch.velocity = velocity
         if watch.every_evaluation:
@@ -214,10 +211,7 @@ class Velocity:
         return self._cut(flat, self.proper, len(self.shapes))
 
     def _cut(self, flat: Tensor, start: int, end: int) -> State:
-        sizes, shapes = self.sizes[start:end], self.shapes[start:end]
-        pieces = flat.split(sizes, dim=-1) if len(sizes) != 1 else (flat,)
-        ahead = flat.shape[:-1]
-        return tuple(piece.view(ahead + shape) for piece, shape in zip(pieces, shapes, strict=True))
+        return cut(flat, self.sizes[start:end], self.shapes[start:end])
 
     def _check_shapes(self, parts: State) -> None:
         self.unchecked = False
@@ -250,6 +244,20 @@ class Velocity:
             if variable is not None and id(variable) not in leaves:
                 raise UntrackedTensor(tuple(variable.shape), self.watch.solver.gradient)
             pending.extend(edge[0].next_functions)
+
+
+def cut(flat: Tensor, sizes: Sequence[int], shapes: Sequence[torch.Size]) -> State:
+    """The parts in flat vectors ``(*times, size)``, by their sizes and shapes; views."""
+    pieces = flat.split(sizes, dim=-1) if len(sizes) != 1 else (flat,)
+    ahead = flat.shape[:-1]
+    return tuple(piece.view(ahead + shape) for piece, shape in zip(pieces, shapes, strict=True))
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """The parts as one flat vector."""
+    if len(parts) == 1:
+        return parts[0].reshape(-1)
+    return torch.cat([part.reshape(-1) for part in parts])
 
 
 def error_norm(shapes: Sequence[torch.Size], kinds: Sequence[str | None]) -> Norm:

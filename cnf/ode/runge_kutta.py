@@ -7,6 +7,7 @@ both give the same solution but for rounding; only the first step is longer.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -64,6 +65,7 @@ _FIXED_TABLEAUX = {
 }
 
 
+@functools.cache
 def tableau(method: str) -> Tableau:
     """The tableau of a Runge-Kutta method."""
     if method in _FIXED_TABLEAUX:
