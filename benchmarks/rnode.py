@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decay", type=float, default=10.0, help="by what the weights have fallen at its end"
     )
+    parser.add_argument("--compile", action="store_true", help="compiled steps in training")
     parser.add_argument(
         "--straight", action="store_true", help="only the evaluations of straight paths"
     )
@@ -102,7 +103,7 @@ def measure(name: str, weight: float, options: argparse.Namespace) -> dict[str, 
     """Train one flow and look at it."""
     target = cnf.data.toy(name)
     torch.manual_seed(SEED)
-    flow = cnf.ffjord(2, solver=cnf.Solver(gradient="checkpoint"))
+    flow = cnf.ffjord(2, solver=cnf.Solver(gradient="checkpoint", compile=options.compile))
     costs = {}
     if weight:
         # equal factors in equal times; a fixed weight would blur the density to the end

@@ -7,6 +7,7 @@ time is the end of a step here; torchdiffeq interpolates.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -53,8 +54,16 @@ def advance(
     taken: Steps, y: Tensor, times: Sequence[float], solver: Solver, watch: Watch
 ) -> Iterator[tuple[Step, Tensor, bool]]:
     """Integrate through ``times``: each accepted step, the state after it, whether it arrives."""
+    _keep_memory()
     walk = _adaptive if solver.method in ADAPTIVE else _fixed
     return walk(taken, y, times, solver, watch)
+
+
+@functools.cache
+def _keep_memory() -> None:
+    # glibc gives freed memory back at once until it has seen a large block come and go; without
+    # this up to a fifth of a differentiated step goes to page faults
+    torch.empty(1 << 24, dtype=torch.uint8)
 
 
 def walk(

@@ -1,0 +1,48 @@
+"""The tanh that compiled code takes in float32."""
+
+import torch
+
+from cnf.nets import smooth
+
+
+def points() -> torch.Tensor:
+    small = torch.logspace(-30, -1, 200)
+    h = torch.cat((torch.linspace(0, 12, 100_001), small, torch.tensor([1e30, torch.inf])))
+    return torch.cat((h, -h))
+
+
+def test_rational_tanh_is_tanh_to_float32s_precision():
+    h = points()
+    y, truth = smooth.rational_tanh(h), torch.tanh(h.double())
+    error = (y.double() - truth).abs()
+    assert (error <= 4e-7 * truth.abs()).all()
+    assert y.abs().max() <= 1
+    assert smooth.rational_tanh(torch.tensor(torch.nan)).isnan()
+
+
+def test_compiled_value_slope_and_derivatives_are_those_of_tanh():
+    compiled = torch.compile(smooth.tanh, backend="aot_eager", fullgraph=True)
+    h = torch.linspace(-9, 9, 181, requires_grad=True)
+    y, slope = compiled(h)
+    assert not torch.equal(y, torch.tanh(h))  # the rational one
+    torch.testing.assert_close(y, torch.tanh(h), rtol=4e-7, atol=0)
+    truth = torch.tanh(h)
+    torch.testing.assert_close(slope, 1 - truth**2, rtol=0, atol=1e-6)
+    (first,) = torch.autograd.grad(y.sum() + slope.sum(), h)
+    torch.testing.assert_close(first, (1 - truth**2) * (1 - 2 * truth), rtol=0, atol=2e-6)
+
+
+def test_uncompiled_and_float64_take_torchs_tanh():
+    h = torch.linspace(-3, 3, 61)
+    assert torch.equal(smooth.tanh(h)[0], torch.tanh(h))
+    compiled = torch.compile(smooth.tanh, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(h.double())[0], torch.tanh(h.double()))
+
+
+def test_rational_tanh_can_be_differentiated_twice():
+    h = torch.linspace(-2, 2, 41, requires_grad=True)
+    y = smooth._RationalTanh.apply(h)
+    (first,) = torch.autograd.grad(y.sum(), h, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), h)
+    truth = torch.tanh(h.detach())
+    torch.testing.assert_close(second, -2 * truth * (1 - truth**2), rtol=0, atol=1e-6)
