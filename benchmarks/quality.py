@@ -85,7 +85,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     plan = PLANS[options.effort]
     seconds = options.seconds or plan.seconds
-    tables = []
     for target in options.targets or plan.targets:
         data = split(cnf.data.toy(target), test_size=plan.scored)
         goals = THRESHOLDS[target]
@@ -106,9 +105,11 @@ def run(options: argparse.Namespace) -> None:
             f"true log-density of {plan.scored:,} test points (entropy {entropy:.4f} nats) is "
             "below the threshold. cnf: the smallest budget that suffices."
         )
-        tables.append(harness.table(f"{target}: seconds to quality", rows, note))
-        tables.append(harness.table(f"{target}: gap in nats over time", points))
-    harness.write("quality", tables, options.out)
+        tables = [
+            harness.table(f"{target}: seconds to quality", rows, note),
+            harness.table(f"{target}: gap in nats over time", points),
+        ]
+        harness.write(f"quality-{target}", tables, options.out)
 
 
 Curve = list[tuple[float, int, float]]

@@ -231,6 +231,14 @@ TRANSFORMS = [
         event=(1, 2, 2),
         context=2,
     ),
+    Member(
+        "continuous, convolutional film",
+        lambda solver: Continuous(
+            ConvField(1, (2,), context_features=2, context_by="film"), solver=solver
+        ),
+        event=(1, 2, 2),
+        context=2,
+    ),
     Member("continuous, fixed grid", lambda solver: continuous(GRID, 2), event=(2,)),
     Member("chain", lambda solver: Chain([continuous(solver), LULinear(3), spline_coupling()])),
 ]

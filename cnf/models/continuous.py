@@ -70,8 +70,9 @@ def ffjord(
             convolutional.
         hidden: sizes of the velocity's hidden layers; channels, for images.
         context_features: size of the context, 0 for an unconditional density.
-        context_by: how it enters a vector's velocity: ``"concat"`` to every layer's input,
-            ``"film"``, ``"hyper"`` or ``"lowrank"``, see ``cnf.nets.ConditionedMLP``.
+        context_by: how it enters the velocity: ``"concat"`` to every layer's input, ``"film"``
+            to scale the layers, too, or for vectors ``"hyper"`` and ``"lowrank"``, see
+            ``cnf.nets.ConditionedMLP``.
         blocks: how many continuous flows one after the other, each with a field of its own.
         normalization: ``"actnorm"`` or ``"batchnorm"`` on the data's side of each block (the
             paper's code has moving batch normalisation), or ``"none"``.
@@ -112,10 +113,9 @@ def ffjord(
         raise ValueError(
             "levels, strides and squeeze are for images, features=(channels, height, width)"
         )
-    if len(shape) == 3 and (field, context_by) != ("mlp", "concat"):
+    if len(shape) == 3 and field != "mlp":
         raise ValueError(
-            "field and context_by are for vectors: the velocity of an image is convolutional, and "
-            "a context shifts the channels of its layers; leave both away"
+            "field is for vectors: the velocity of an image is convolutional; leave it away"
         )
     if blocks < 1:
         raise ValueError(f"blocks must be a positive integer, got {blocks}")
@@ -133,6 +133,7 @@ def ffjord(
             conditioning=conditioning,
             activation=activation,
             context_features=context_features,
+            context_by=context_by,
         )
 
     def steps(shape: Shape, level: str = "") -> list[Transform]:

@@ -44,6 +44,11 @@ def framed(builder: Callable[..., Flow]) -> Callable[..., Flow]:
         >>> bool(torch.allclose(x.sum(-1), torch.ones(5)))
         True
     """
+    own = inspect.signature(builder)
+    # one family counts its layers instead
+    lists_layers = "hidden" in own.parameters and isinstance(
+        own.parameters["hidden"].default, tuple
+    )
 
     @functools.wraps(builder)
     def build(
@@ -53,6 +58,10 @@ def framed(builder: Callable[..., Flow]) -> Callable[..., Flow]:
         optional_context: bool = False,
         **arguments: Any,
     ) -> Flow:
+        if lists_layers and isinstance(arguments.get("hidden"), int):
+            raise TypeError(
+                f"hidden lists the sizes of the layers, as (64, 64) does, got {arguments['hidden']}"
+            )
         data = as_shape(features)
         outer = as_support(support, data)
         shape = data if outer is None else outer.latent_shape(data)
@@ -79,7 +88,6 @@ def framed(builder: Callable[..., Flow]) -> Callable[..., Flow]:
             encoder=OptionalContext() if optional_context else None,
         )
 
-    own = inspect.signature(builder)
     parameters = [*own.parameters.values(), *OPTIONS]
     build.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     head, args, rest = inspect.cleandoc(builder.__doc__ or "").partition("\nArgs:\n")

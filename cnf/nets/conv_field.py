@@ -105,6 +105,33 @@ class TimeConv(nn.Module, ABC):
         return f"{self.inputs}, {self.outputs}, stride={self.stride}"
 
 
+class FiLMConv(nn.Module):
+    """(1 + γ(c)) ⊙ layer + β(c): a context scales and shifts every channel, Perez et al. 2018.
+
+    Args:
+        layer: the convolution, which gets no context itself.
+        context_features: size of the context.
+    """
+
+    def __init__(self, layer: TimeConv, context_features: int):
+        super().__init__()
+        self.layer = layer
+        self.film = nn.Linear(context_features, 2 * layer.outputs)
+        # at first the context changes nothing
+        nn.init.zeros_(self.film.weight)
+        nn.init.zeros_(self.film.bias)
+
+    def at(self, t: Tensor, like: Tensor, context: Tensor | None) -> ConvAffine:
+        """The layer at time ``t``, scaled and shifted."""
+        affine = self.layer.at(t, like, None)
+        if context is None:
+            return affine
+        gain, shift = (pixels(part) for part in self.film(context).chunk(2, -1))
+        gain = 1 + gain
+        gate = gain if affine.gate is None else gain * affine.gate
+        return affine._replace(gate=gate, shift=gain * affine.shift + shift)
+
+
 class IgnoreConv(TimeConv):
     """W * x + b."""
 
@@ -233,6 +260,9 @@ TIME_CONVS: dict[str, type[TimeConv]] = {
 }
 
 
+CONTEXTS = ("concat", "film")
+
+
 class ConvField(Field):
     """A convolutional velocity field on images ``(channels, height, width)``.
 
@@ -247,6 +277,7 @@ class ConvField(Field):
         conditioning: ignore, concat, concat_v2, squash, concatsquash, concatcoord, hyper or blend.
         activation: tanh, softplus, silu, sine, gelu or swish, whose sharpness is learned.
         context_features: size of the context, 0 for none.
+        context_by: ``"concat"`` shifts every layer's channels, ``"film"`` scales them, too.
 
     Paper: Grathwohl et al., "FFJORD", ICLR 2019.
 
@@ -269,10 +300,13 @@ class ConvField(Field):
         conditioning: str = "concat",
         activation: str = "softplus",
         context_features: int = 0,
+        context_by: str = "concat",
     ):
         super().__init__()
         if conditioning not in TIME_CONVS:
             raise unknown_name("time conditioning", conditioning, TIME_CONVS)
+        if context_by not in CONTEXTS:
+            raise unknown_name("way of conditioning images", context_by, dict.fromkeys(CONTEXTS))
         strides = tuple(strides or [1] * (len(hidden) + 1))
         if len(strides) != len(hidden) + 1 or strides.count(2) != strides.count(-2):
             raise ValueError(
@@ -281,10 +315,13 @@ class ConvField(Field):
             )
         self.channels, self.activation, self.squeeze = channels, Smooth(activation), squeeze
         ends = channels * 4 if squeeze else channels
-        self.layers = nn.ModuleList(
-            TIME_CONVS[conditioning](*pair, stride=stride, context_features=context_features)
-            for pair, stride in zip(itertools.pairwise((ends, *hidden, ends)), strides, strict=True)
-        )
+        film = context_by == "film" and context_features > 0
+        layers: list[nn.Module] = []
+        for pair, stride in zip(itertools.pairwise((ends, *hidden, ends)), strides, strict=True):
+            shifted = 0 if film else context_features
+            layer = TIME_CONVS[conditioning](*pair, stride=stride, context_features=shifted)
+            layers.append(FiLMConv(layer, context_features) if film else layer)
+        self.layers = nn.ModuleList(layers)
         depths = itertools.accumulate({1: 0, 2: 1, -2: -1}[stride] for stride in strides)
         self.divisor = 2 ** (max(0, *depths) + squeeze)
 

@@ -29,10 +29,14 @@ class Formulas(NamedTuple):
 
 def tanh(h: Tensor) -> tuple[Tensor, Tensor]:
     """Hyperbolic tangent and its slope."""
+    y = _tanh(h)
+    return y, torch.addcmul(y.new_ones(()), y, y, value=-1)
+
+
+def _tanh(h: Tensor) -> Tensor:
     # the compiler's own tanh takes three times as long as a product with a 64 x 64 matrix
     rational = torch.compiler.is_compiling() and h.dtype == torch.float32 and h.device.type == "cpu"
-    y = _RationalTanh.apply(h) if rational else torch.tanh(h)
-    return y, torch.addcmul(y.new_ones(()), y, y, value=-1)
+    return _RationalTanh.apply(h) if rational else torch.tanh(h)
 
 
 def softplus(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +130,7 @@ def _bell(h: Tensor) -> Tensor:
 
 
 SMOOTH: dict[str, Formulas] = {
-    "tanh": Formulas(torch.tanh, tanh, _pull_tanh_),
+    "tanh": Formulas(_tanh, tanh, _pull_tanh_),
     "softplus": Formulas(nn.functional.softplus, softplus, _pull_softplus_),
     "silu": Formulas(nn.functional.silu, silu, _pull_silu_),
     "sine": Formulas(torch.sin, sine, _pull_sine_),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -80,6 +81,9 @@ class MaximumLikelihood(Objective):
                 "costs maps records to their weights, as {KineticEnergy(): 0.01} does, got "
                 f"{costs!r}"
             )
+        for cost, weight in (costs or {}).items():
+            if not callable(weight):
+                _check_weight(cost, weight)
         self.divergence = divergence
         self.costs = dict(costs or {})
         self.tolerance = tolerance
@@ -107,7 +111,10 @@ class MaximumLikelihood(Objective):
             if cost.name not in found.costs:  # a discrete flow has no path to integrate along
                 continue
             average = mean(found.costs[cost.name], batch.weight)
-            total = total + (weight(progress) if callable(weight) else weight) * average
+            if callable(weight):
+                weight = weight(progress)
+                _check_weight(cost, weight)
+            total = total + weight * average
             terms[cost.name] = average.detach()
         return Loss(total, terms)
 
@@ -117,3 +124,11 @@ class MaximumLikelihood(Objective):
         device = "cpu" if generator is None else generator.device
         uniform = torch.rand((), generator=generator, device=device).item()
         return 1.0 + self.end_time_spread * (2.0 * uniform - 1.0)
+
+
+def _check_weight(cost: Cost, weight: float) -> None:
+    if not 0.0 <= weight < math.inf:
+        raise ValueError(
+            f"the weight of {cost.name} must be zero or positive, got {weight}: a negative one "
+            "rewards what the cost measures, and training runs away"
+        )

@@ -122,6 +122,11 @@ class Continuous(Transform):
         self, value: Tensor, span: tuple[float, float], context: Tensor | None, request: Request
     ) -> Mapped:
         times = value.new_tensor(span)
+        if not 0.0 < request.clock < math.inf:
+            raise ValueError(
+                "a request's clock multiplies the end time and must be positive, got "
+                f"{request.clock}"
+            )
         divergence = request.divergence or self.divergence
         clock = self.clock(value) * request.clock
         traced = request.log_det or bool(request.costs)

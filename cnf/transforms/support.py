@@ -195,6 +195,8 @@ def as_support(
     if support is None:
         return None
     if not isinstance(support, str):
+        if len(support) != 2:
+            raise ValueError(f"an interval has two ends, (low, high), got {support}")
         low, high = support
         return Interval(event_shape, low, high)
     if support not in SUPPORTS:

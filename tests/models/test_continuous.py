@@ -101,6 +101,21 @@ def test_otflow_needs_no_probe():
     torch.testing.assert_close(pushed, exact, atol=1e-6, rtol=1e-6)
 
 
+def test_film_scales_the_channels_of_an_images_layers():
+    torch.manual_seed(0)
+    flow = cnf.ffjord(
+        (1, 4, 4), hidden=(3,), context_features=2, context_by="film", levels=2, solver=FAST
+    )
+    x, context = torch.randn(5, 1, 4, 4), torch.randn(5, 2)
+    plain = flow.log_prob(x, context)
+    # at first a context changes nothing
+    torch.testing.assert_close(plain, flow.log_prob(x, 2 * context))
+    for name, parameter in flow.named_parameters():
+        if "film" in name:
+            torch.nn.init.normal_(parameter)
+    assert (flow.log_prob(x, context) - flow.log_prob(x, 2 * context)).abs().min() > 1e-3
+
+
 def test_arguments_are_checked():
     for arguments, match in (
         ({"normalization": "act-norm"}, "Did you mean 'actnorm'"),
@@ -110,14 +125,20 @@ def test_arguments_are_checked():
     ):
         with pytest.raises(UnknownNameError, match=match):
             cnf.ffjord(2, **arguments)
+    with pytest.raises(UnknownNameError, match="way of conditioning images is called 'lowrank'"):
+        cnf.ffjord((1, 4, 4), context_features=1, context_by="lowrank")
+    with pytest.raises(TypeError, match=r"as \(64, 64\) does, got 64"):
+        cnf.ffjord(2, hidden=64)
+    with pytest.raises(ValueError, match="two ends"):
+        cnf.ffjord(2, support=(0.0, 1.0, 2.0))
+    assert cnf.bnaf(2, hidden=1).log_prob(torch.zeros(2)).isfinite()
     for features, arguments, match in (
         ((1, 2), {}, r"D or \(channels, height, width\)"),
         (2, {"levels": 2}, "are for images"),
         (2, {"strides": (2, -2)}, "are for images"),
         (2, {"field": "residual", "hidden": (8, 9)}, "one width"),
         (2, {"blocks": 0}, "blocks must be"),
-        ((1, 4, 4), {"field": "residual"}, "are for vectors"),
-        ((1, 4, 4), {"context_features": 1, "context_by": "film"}, "are for vectors"),
+        ((1, 4, 4), {"field": "residual"}, "is for vectors"),
     ):
         with pytest.raises(ValueError, match=match):
             cnf.ffjord(features, **arguments)

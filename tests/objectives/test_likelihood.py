@@ -105,6 +105,15 @@ def test_costs_that_are_no_records_with_weights_are_refused(costs):
         MaximumLikelihood(Recording(), costs=costs)
 
 
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
+def test_a_weight_that_rewards_a_cost_is_refused(weight):
+    with pytest.raises(ValueError, match="weight of kinetic must be zero or positive"):
+        MaximumLikelihood(Recording(), costs={Named("kinetic"): weight})
+    falling = MaximumLikelihood(Recording(), costs={Named("kinetic"): lambda _: weight})
+    with pytest.raises(ValueError, match="weight of kinetic must be zero or positive"):
+        falling(Batch(X))
+
+
 def test_objectives_have_names():
     assert isinstance(build_objective("likelihood", Recording()), MaximumLikelihood)
     assert "likelihood" in OBJECTIVES
