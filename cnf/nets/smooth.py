@@ -34,7 +34,7 @@ def tanh(h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tanh(h: Tensor) -> Tensor:
-    # the compiler's own tanh takes three times as long as a product with a 64 x 64 matrix
+    # the compiler's own tanh takes longer than the product with a 64 x 64 matrix before it
     rational = torch.compiler.is_compiling() and h.dtype == torch.float32 and h.device.type == "cpu"
     return _RationalTanh.apply(h) if rational else torch.tanh(h)
 
