@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.nets.fields import TimeMLP
-from cnf.nets.time import TIME_LAYERS, Affine, TimeLayers
+from cnf.nets.time import TIME_LAYERS, Affine, TimeLayers, modulated
 from cnf.registry import unknown_name
 
 
@@ -78,12 +78,8 @@ class FiLM(Adapter):
     def adapt(self, layers: list[Affine], context: Tensor) -> list[Any]:
         """Layers with gains and shifts for each sample."""
         gains, shifts = (part.split(self.sizes[1:], -1) for part in self.film(context).chunk(2, -1))
-        adapted = []
-        for layer, gain, shift in zip(layers, gains, shifts, strict=True):
-            gain = 1 + gain
-            gate = gain if layer.gate is None else gain * layer.gate
-            adapted.append(Affine(layer.weight, gate, gain * layer.shift + shift))
-        return adapted
+        triples = zip(layers, gains, shifts, strict=True)
+        return [modulated(layer, gain, shift) for layer, gain, shift in triples]
 
 
 class HyperNetwork(Adapter):

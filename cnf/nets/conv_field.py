@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from cnf.nets.fields import Field
 from cnf.nets.smooth import Smooth
+from cnf.nets.time import modulated
 from cnf.registry import unknown_name
 
 SIZE = 3
@@ -127,9 +128,7 @@ class FiLMConv(nn.Module):
         if context is None:
             return affine
         gain, shift = (pixels(part) for part in self.film(context).chunk(2, -1))
-        gain = 1 + gain
-        gate = gain if affine.gate is None else gain * affine.gate
-        return affine._replace(gate=gate, shift=gain * affine.shift + shift)
+        return modulated(affine, gain, shift)
 
 
 class IgnoreConv(TimeConv):
@@ -316,9 +315,9 @@ class ConvField(Field):
         self.channels, self.activation, self.squeeze = channels, Smooth(activation), squeeze
         ends = channels * 4 if squeeze else channels
         film = context_by == "film" and context_features > 0
+        shifted = 0 if film else context_features
         layers: list[nn.Module] = []
         for pair, stride in zip(itertools.pairwise((ends, *hidden, ends)), strides, strict=True):
-            shifted = 0 if film else context_features
             layer = TIME_CONVS[conditioning](*pair, stride=stride, context_features=shifted)
             layers.append(FiLMConv(layer, context_features) if film else layer)
         self.layers = nn.ModuleList(layers)

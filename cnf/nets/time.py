@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,13 @@ class Affine(NamedTuple):
         else:
             u = (self.weight @ u.unsqueeze(-1)).squeeze(-1)
         return u if self.gate is None else u * self.gate
+
+
+def modulated(layer: Any, gain: Tensor, shift: Tensor) -> Any:
+    """(1 + gain) ⊙ layer + shift, of an affine layer or convolution with gate and shift."""
+    gain = 1 + gain
+    gate = gain if layer.gate is None else gain * layer.gate
+    return layer._replace(gate=gate, shift=gain * layer.shift + shift)
 
 
 class Coefficients(NamedTuple):
