@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decay", type=float, default=10.0, help="by what the weights have fallen at its end"
     )
+    parser.add_argument("--lr", type=float, default=0.01, help="the peak learning rate")
+    parser.add_argument(
+        "--schedule", choices=("cosine", "constant"), default="cosine",
+        help="of the learning rate; FFJORD's script has a constant one",
+    )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="compiled steps in training")
     parser.add_argument(
         "--straight", action="store_true", help="only the evaluations of straight paths"
@@ -50,8 +55,8 @@ def run(options: argparse.Namespace) -> None:
         harness.write("rnode-straight", [straight()])
         return
     note = (
-        f"{options.steps} steps of {options.batch} points each, dopri5 at 1e-3, from the same "
-        "weights and batches. Gap: mean of true minus model's log-density, nats, on "
+        f"{options.steps:,} steps of {options.batch} points each, {options.schedule} learning "
+        f"rate of {options.lr:g}, dopri5 at 1e-3, from the same weights and batches. Gap: mean of true minus model's log-density, nats, on "
         f"{SCORED:,} points by which weights may be chosen and on {SCORED:,} others, the test "
         f"points. NFE: evaluations in a solve of {SOLVED:,} of these at {TOLERANCE:g}, data to "
         "base, on average, by the error norm over the batch and by the one per sample. Weights: of "
@@ -116,8 +121,8 @@ def measure(name: str, weight: float, options: argparse.Namespace) -> dict[str, 
         }
     objective = cnf.MaximumLikelihood(flow, costs=costs)
     history = cnf.fit(
-        flow, target, objective=objective, steps=options.steps, batch_size=options.batch, seed=SEED,
-        progress=False,
+        flow, target, objective=objective, steps=options.steps, batch_size=options.batch, lr=options.lr,
+        schedule=options.schedule, seed=SEED, progress=False,
     )  # fmt: skip
     chosen_by, _ = gaps(target, flow, VALIDATION_SEED)
     gap, x = gaps(target, flow, TEST_SEED)
