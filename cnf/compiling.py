@@ -20,6 +20,7 @@ def compiled(
     mode: str | None = None,
     dynamic: bool | None = None,
     whole: bool = False,
+    constants: bool = False,
     variants: int | None = None,
 ) -> Callable[..., T]:
     """A function as compiled code of its own; the first call of each variant pays for it.
@@ -32,6 +33,7 @@ def compiled(
         mode: as in ``torch.compile``.
         dynamic: as in ``torch.compile``.
         whole: raise where torch would compile around what it cannot follow.
+        constants: make Python's floats part of the code: faster, and each new value compiles again.
         variants: how many kinds of arguments are compiled; the others run uncompiled, or with
             ``whole`` are an error. None leaves it to torch, as does a torch that knows no such
             number.
@@ -51,7 +53,7 @@ def compiled(
     )
 
     @functools.wraps(function)
-    @torch._dynamo.config.patch(trace_autograd_ops=True)
+    @torch._dynamo.config.patch(trace_autograd_ops=True, specialize_float=constants)
     def quiet(*arguments: Any) -> T:
         # a compiler hides its warnings of its own making from people, but not from filters that
         # turn warnings into errors: looks at ``.grad``, calls of what torch will soon do without

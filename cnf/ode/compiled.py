@@ -126,7 +126,15 @@ def code(backend: str) -> Code:
     from torch._dynamo.exc import TorchDynamoException  # takes a second to import
 
     def one(function: Callable[..., T]) -> Callable[..., T]:
-        run = compiled(function, backend=backend, dynamic=True, whole=True, variants=VARIANTS)
+        run = compiled(
+            function,
+            backend=backend,
+            dynamic=True,
+            whole=True,
+            # a method's coefficients, handed in as variables, cost as much as a small net
+            constants=True,
+            variants=VARIANTS,
+        )
 
         @functools.wraps(function)
         def named(*arguments: object) -> T:
