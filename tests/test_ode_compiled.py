@@ -166,11 +166,12 @@ class Own(nn.Module):
         super().__init__()
         self.layer = nn.Linear(2, 2)
         self.opaque = opaque
+        self.speed = 1.0
 
     def forward(self, t, x, context=None):
         if self.opaque:
             torch._dynamo.graph_break()
-        return torch.tanh(self.layer(x)) * t
+        return torch.tanh(self.layer(x)) * t * self.speed
 
 
 def test_any_field_may_be_compiled():
@@ -192,6 +193,17 @@ def test_a_field_that_cannot_be_followed_is_named():
     flow = cnf.Continuous(Own(opaque=True), solver=Solver("euler", compile=BACKEND))
     with pytest.raises(CompilationError, match=r"Solver\(compile=False\)"):
         flow(torch.ones(4, 2))
+
+
+def test_a_number_that_changes_is_compiled_anew():
+    field, solver = Own(), Solver("midpoint", step_size=0.5, compile=BACKEND)
+    flow, x = cnf.Continuous(field, solver=solver), torch.randn(4, 2)
+    with torch.no_grad():
+        for field.speed in (1.0, 2.0, -0.5):
+            flow.solver = dataclasses.replace(solver, compile=False)
+            wanted = flow(x).value
+            flow.solver = solver
+            torch.testing.assert_close(flow(x).value, wanted)
 
 
 def test_the_code_is_made_once():
