@@ -36,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decay", type=float, default=10.0, help="by what the weights have fallen at its end"
     )
+    parser.add_argument(
+        "--warm-start", type=int, default=0, metavar="STEPS",
+        help="of flow matching, without costs, before the likelihood's",
+    )  # fmt: skip
     parser.add_argument("--lr", type=float, default=0.01, help="the peak learning rate")
     parser.add_argument(
         "--schedule", choices=("cosine", "constant"), default="cosine",
@@ -54,27 +58,30 @@ def run(options: argparse.Namespace) -> None:
     if options.straight:
         harness.write("rnode-straight", [straight()])
         return
+    before = f"{options.warm_start:,} steps of flow matching, then " if options.warm_start else ""
     note = (
-        f"{options.steps:,} steps of {options.batch} points each, {options.schedule} learning "
-        f"rate of {options.lr:g}, dopri5 at 1e-3, from the same weights and batches. Gap: mean of true minus model's log-density, nats, on "
-        f"{SCORED:,} points by which weights may be chosen and on {SCORED:,} others, the test "
-        f"points. NFE: evaluations in a solve of {SOLVED:,} of these at {TOLERANCE:g}, data to "
-        "base, on average, by the error norm over the batch and by the one per sample. Weights: of "
-        "∫‖v‖² dt and of ∫‖J‖² dt at the start, and by what factor they fall. Chosen: of those "
-        f"whose gap is on the validation points at most {PRICE:g} above FFJORD's, the one with "
-        "fewest evaluations in the batch norm, then in the sample norm, then with the least gap."
+        f"{before}{options.steps:,} steps of {options.batch} points each, {options.schedule} "
+        f"learning rate of {options.lr:g}, dopri5 at 1e-3, from the same weights and batches. Gap: "
+        f"mean of true minus model's log-density, nats, on {SCORED:,} points by which weights may "
+        f"be chosen and on {SCORED:,} others, the test points. NFE: evaluations in a solve of "
+        f"{SOLVED:,} of these at {TOLERANCE:g}, data to base, on average, by the error norm over "
+        "the batch and by the one per sample. Weights: of ∫‖v‖² dt and of ∫‖J‖² dt at the start, "
+        "and by what factor they fall. Chosen: of those whose gap is on the validation points at "
+        f"most {PRICE:g} above FFJORD's, the one with fewest evaluations in the batch norm, then "
+        "in the sample norm, then with the least gap."
     )
     for name in options.targets:
+        results = f"rnode-{name}-warm" if options.warm_start else f"rnode-{name}"
         if not options.keep:
-            (harness.RESULTS / f"rnode-{name}.json").unlink(missing_ok=True)
+            (harness.RESULTS / f"{results}.json").unlink(missing_ok=True)
         for weight in options.weights:
-            if any(row[""] == label(weight, options) for row in _known(name, note)):
+            if any(row[""] == label(weight, options) for row in _known(results, note)):
                 continue
             row = measure(name, weight, options)
             # read again: another process may have measured other weights meanwhile
-            rows = [*_known(name, note), row]
+            rows = [*_known(results, note), row]
             mark(rows)
-            harness.write(f"rnode-{name}", [harness.table(name, rows, note)])
+            harness.write(results, [harness.table(name, rows, note)])
 
 
 def mark(rows: list[dict[str, Any]]) -> None:
@@ -90,9 +97,9 @@ def mark(rows: list[dict[str, Any]]) -> None:
         row["chosen"] = "yes" if row is best else ""
 
 
-def _known(name: str, note: str) -> list[dict[str, Any]]:
-    """Rows of the target that were measured with the same settings."""
-    file = harness.RESULTS / f"rnode-{name}.json"
+def _known(results: str, note: str) -> list[dict[str, Any]]:
+    """Rows that were measured before with the same settings."""
+    file = harness.RESULTS / f"{results}.json"
     tables = json.loads(file.read_text())["tables"] if file.exists() else []
     return [row for table in tables if table["note"] == note for row in table["rows"]]
 
@@ -120,9 +127,14 @@ def measure(name: str, weight: float, options: argparse.Namespace) -> dict[str, 
             )
         }
     objective = cnf.MaximumLikelihood(flow, costs=costs)
+    if options.warm_start:
+        cnf.fit(
+            flow, target, objective="flow-matching", steps=options.warm_start,
+            batch_size=options.batch, seed=SEED, progress=False,
+        )  # fmt: skip
     history = cnf.fit(
-        flow, target, objective=objective, steps=options.steps, batch_size=options.batch, lr=options.lr,
-        schedule=options.schedule, seed=SEED, progress=False,
+        flow, target, objective=objective, steps=options.steps, batch_size=options.batch,
+        lr=options.lr, schedule=options.schedule, seed=SEED, progress=False,
     )  # fmt: skip
     chosen_by, _ = gaps(target, flow, VALIDATION_SEED)
     gap, x = gaps(target, flow, TEST_SEED)
