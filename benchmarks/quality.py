@@ -31,6 +31,7 @@ THRESHOLDS = {
 }
 """Nats above the target's entropy."""
 OURS = {"ffjord+fm": "cnf, flow matching and likelihood", "ffjord+ml": "cnf, likelihood"}
+FFJORD = "FFJORD's script"
 CHUNK = 1000
 Density = Callable[[Tensor], Any]
 
@@ -41,7 +42,7 @@ class Plan(NamedTuple):
     Attributes:
         targets: the densities.
         budgets: seconds that our trainings are given, one after the other.
-        seconds: for how long the others train.
+        seconds: for how long FFJORD's script trains, and the others where nothing else is said.
         scored: test points.
     """
 
@@ -77,7 +78,9 @@ class Peer(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     harness.add_effort(parser)
     parser.add_argument("--targets", nargs="+", choices=THRESHOLDS, help="only these")
-    parser.add_argument("--seconds", type=float, help="for how long the others train")
+    parser.add_argument("--seconds", type=float, help="for how long FFJORD's script trains")
+    parser.add_argument("--others", type=float, help="for how long the rest, if not as long")
+    parser.add_argument("--recipes", nargs="+", choices=OURS, default=[*OURS], help="of ours")
     parser.add_argument("--budgets", type=float, nargs="+", help="what our trainings are given")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for results")
 
@@ -89,10 +92,13 @@ def run(options: argparse.Namespace) -> None:
         data = split(cnf.data.toy(target), test_size=plan.scored)
         goals = THRESHOLDS[target]
         curves = {}
-        for recipe, name in OURS.items():
-            curves[name] = list(ours(recipe, data, options.budgets or plan.budgets, goals[-1]))
+        for recipe in options.recipes:
+            curves[OURS[recipe]] = list(
+                ours(recipe, data, options.budgets or plan.budgets, goals[-1])
+            )
         for name, build in peers().items():
-            curves[name] = list(trained(name, build(), data, seconds, goals[-1]))
+            limit = seconds if name == FFJORD else options.others or seconds
+            curves[name] = list(trained(name, build(), data, limit, goals[-1]))
         rows = [_row(name, curve, goals) for name, curve in curves.items()]
         points = [
             {"": name, "seconds": s, "steps": steps, "gap": gap}
@@ -172,7 +178,7 @@ def trained(
 
 def peers() -> dict[str, Callable[[], Peer]]:
     """The others, as far as they are installed."""
-    found: dict[str, Callable[[], Peer]] = {"FFJORD's script": ffjord}
+    found: dict[str, Callable[[], Peer]] = {FFJORD: ffjord}
     if harness.installed("zuko"):
         found["zuko CNF"] = zuko
     if harness.installed("jax", "diffrax", "optax"):
