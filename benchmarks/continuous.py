@@ -28,7 +28,7 @@ HIDDEN = (64, 64, 64)
 TOLERANCE = 1e-5
 NATS = 1e-4
 """The error that 99 % of log-densities keep where accuracies are made equal."""
-LADDER = [10 ** (-k / 2) for k in range(5, 15)]
+LADDER = [10 ** (-k / 4) for k in range(10, 29)]
 """Tolerances from 3e-3 to 1e-7."""
 FFJORD = "FFJORD's method"
 ALONE = "matrix products and tanh alone"
