@@ -18,6 +18,7 @@ from torch import Tensor
 from cnf.compiling import compiled
 from cnf.ode.errors import CompilationError
 from cnf.ode.guard import HUGE, Rhs, State, Watch, cut, join
+from cnf.ode.quadrature import PLACES, increment, increment_error
 from cnf.ode.runge_kutta import Step, Tableau, Trial, first_guess, first_size
 from cnf.ode.solver import Solver
 
@@ -35,17 +36,33 @@ class Spec(NamedTuple):
         proper: how many parts the right-hand side sees; the others are integrals.
         norms: how each part's error is measured, "batch" or "sample"; None where it is not.
         table: the method.
+        alone: the derivatives of the proper state, where integrals go by quadrature; else None.
+        inner: how stages make the state at the places of the quadrature.
     """
 
     rhs: Rhs
     proper: int
     norms: tuple[str | None, ...]
     table: Tableau
+    alone: Rhs | None = None
+    inner: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def steering(self) -> tuple[str | None, ...]:
+        """The norms as the size of the first step takes them, of integrals only from the state."""
+        if self.alone is None:
+            return self.norms
+        return tuple(kind if i < self.proper else None for i, kind in enumerate(self.norms))
 
     @property
     def evaluations(self) -> int:
-        """How often a step evaluates the right-hand side, but for its first stage."""
-        return len(self.table.nodes) - 1
+        """How often a trial evaluates the velocity, but for its first stage."""
+        return len(self.table.nodes) - 1 + len(self.inner)
+
+    @property
+    def recomputed(self) -> int:
+        """How often the state at a step's end needs it."""
+        return 1 + self.evaluations if self.alone else self.table.used
 
 
 class CompiledSteps:
@@ -90,7 +107,7 @@ class CompiledSteps:
 
     def step(self, step: Step, y: Tensor) -> Tensor:
         """The state at the end of a step."""
-        self.watch.nfe += self.spec.table.used
+        self.watch.nfe += self.spec.recomputed
         numbers = self._numbers(y, *step)
         return self.code.step(self.spec, numbers, self._parts(y))
 
@@ -98,7 +115,7 @@ class CompiledSteps:
         self, step: Step, y: Tensor, adjoint: Tensor, tracked: Sequence[Tensor]
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """The products of the adjoint at a step's end and its derivatives."""
-        self.watch.nfe += self.spec.table.used
+        self.watch.nfe += self.spec.recomputed
         numbers = self._numbers(y, *step)
         state, adjoints = self._parts(y), self._parts(adjoint)
         return self.code.pull(self.spec, numbers, state, adjoints, tuple(tracked))
@@ -154,14 +171,15 @@ def begin(spec: Spec, numbers: Tensor, state: State) -> tuple[Tensor, Tensor]:
     proper = state[: spec.proper]
     slopes = spec.rhs(time, proper)
     scales = [atol + rtol * part.abs() for part in state]
-    change = _norm(spec, slopes, scales)
-    guess = first_guess(_norm(spec, state, scales), change)
+    norms = spec.steering
+    change = _norm(norms, slopes, scales)
+    guess = first_guess(_norm(norms, state, scales), change)
     move = (sign * guess).to(numbers)
     ahead = spec.rhs(
         time + move, tuple(part + move * slope for part, slope in zip(proper, slopes, strict=False))
     )
     bends = [after - before for after, before in zip(ahead, slopes, strict=True)]
-    bend = _norm(spec, bends, scales)
+    bend = _norm(norms, bends, scales)
     return join(slopes), first_size(guess, change, bend, spec.table.order)
 
 
@@ -171,16 +189,23 @@ def trial(
     """The numbers of a ``Trial``."""
     time, size, rtol, atol = numbers.unbind()
     table = spec.table
-    after, stages = _stages(spec, time, size, state, slopes)
-    if table.reuses_last:
+    after, stages, integrands = _stages(spec, time, size, state, slopes)
+    if table.reuses_last and spec.alone is None:
         stages.append(spec.rhs(time + size, after[: spec.proper]))
-    errors = _combine([torch.zeros_like(part) for part in state], size, table.error, stages)
+    zeros = [torch.zeros_like(slope) for slope in stages[0]]
+    errors = [
+        *_combine(zeros, size, table.error, stages),
+        *[increment_error(size, values) for values in zip(*integrands, strict=True)],
+    ]
     scales = [
         atol + rtol * torch.maximum(before.abs(), then.abs())
         for before, then in zip(state, after, strict=True)
     ]
-    last = join(stages[-1]) if table.reuses_last else None
-    return join(after), join(stages[0]), last, _norm(spec, errors, scales)
+    ends: Sequence[State] = stages
+    if integrands:
+        ends = [(*stages[i], *integrands[i]) for i in (0, -1)]
+    last = join(ends[-1]) if table.reuses_last else None
+    return join(after), join(ends[0]), last, _norm(spec.norms, errors, scales)
 
 
 def step(spec: Spec, numbers: Tensor, state: State) -> Tensor:
@@ -196,7 +221,7 @@ def pull(
     time, size, _, _ = numbers.unbind()
     with torch.enable_grad():
         state = tuple(part.detach().requires_grad_() for part in state)
-        after, _ = _stages(spec, time, size, state, None)
+        after = _stages(spec, time, size, state, None)[0]
         found = torch.autograd.grad(
             after, (*state, *tracked), adjoints, materialize_grads=True, allow_unused=True
         )
@@ -205,13 +230,29 @@ def pull(
 
 def _stages(
     spec: Spec, time: Tensor, size: Tensor, state: State, slopes: State | None
-) -> tuple[State, list[State]]:
+) -> tuple[State, list[State], list[State]]:
+    """The state at a step's end, its stages, and integrands where integrals go by quadrature."""
     table, proper = spec.table, state[: spec.proper]
-    stages = [spec.rhs(time, proper) if slopes is None else slopes]
+    start = spec.rhs(time, proper) if slopes is None else slopes
+    stages = [start if spec.alone is None else start[: spec.proper]]
     for i in range(1, table.used):
         at = _combine(proper, size, table.stages[i], stages)
-        stages.append(spec.rhs(time + table.nodes[i] * size, at))
-    return _combine(state, size, table.weights, stages), stages
+        stages.append((spec.alone or spec.rhs)(time + table.nodes[i] * size, at))
+    if spec.alone is None:
+        return _combine(state, size, table.weights, stages), stages, []
+    moved = _combine(proper, size, table.weights, stages)
+    end = spec.rhs(time + size, moved)
+    stages.append(end[: spec.proper])
+    inside = [
+        spec.rhs(time + place * size, _combine(proper, size, row, stages))
+        for place, row in zip(PLACES, spec.inner, strict=True)
+    ]
+    integrands = [parts[spec.proper :] for parts in (start, *inside, end)]
+    grown = [
+        part + increment(size, values)
+        for part, *values in zip(state[spec.proper :], *integrands, strict=True)
+    ]
+    return (*moved, *grown), stages, integrands
 
 
 def _combine(
@@ -225,10 +266,10 @@ def _combine(
     )
 
 
-def _norm(spec: Spec, parts: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
+def _norm(kinds: Sequence[str | None], parts: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
     """The norm of ``error_norm``, of parts over their scales."""
     norms = []
-    for kind, part, scale in zip(spec.norms, parts, scales, strict=True):
+    for kind, part, scale in zip(kinds, parts, scales, strict=True):
         if kind is not None and part.numel():
             ratio = (part / scale).abs()
             norms.append(ratio.amax() if kind == "sample" else ratio.square().mean().sqrt())

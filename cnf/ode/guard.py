@@ -145,12 +145,14 @@ class Velocity:
         watch: Watch,
         tracked: Sequence[Tensor],
         integrals: int = 0,
+        proper_rhs: Rhs | None = None,
     ):
         self.rhs = rhs
         self.shapes = shapes
         self.sizes = [shape.numel() for shape in shapes]
         # the state without what is only integrated, which no velocity depends on
         self.proper = len(shapes) - integrals
+        self.proper_rhs = proper_rhs or (lambda t, state: rhs(t, state)[: self.proper])
         self.proper_size = sum(self.sizes[: self.proper])
         self.dtype = dtype
         self.watch = watch
@@ -169,17 +171,18 @@ class Velocity:
 
     def __call__(self, t: Tensor, flat: Tensor) -> Tensor:
         """dy/dt of the whole state, ``(size,)``, from the whole state or its proper part."""
-        if flat.requires_grad and not torch.is_grad_enabled():
-            # a view made now would claim a graph that it does not have, and mislead a field that
-            # differentiates by the state
-            flat = flat.detach()
-        parts = self.parts(t, self.split_proper(flat[: self.proper_size]))
+        parts = self.parts(t, self.split_proper(_plain(flat)[: self.proper_size]))
         velocity = join(parts)
         watch = self.watch
         watch.velocity = velocity
         if watch.every_evaluation:
             watch.evaluated(t, velocity)
         return velocity
+
+    def alone(self, t: Tensor, flat: Tensor) -> Tensor:
+        """dy/dt of the proper state, ``(proper_size,)``, from it alone."""
+        self.watch.nfe += 1
+        return join(self.proper_rhs(t, self.split_proper(_plain(flat))))
 
     def parts(self, t: Tensor, proper: State) -> State:
         """dy/dt of each part of the state, from the parts of the proper state."""
@@ -244,6 +247,12 @@ class Velocity:
             if variable is not None and id(variable) not in leaves:
                 raise UntrackedTensor(tuple(variable.shape), self.watch.solver.gradient)
             pending.extend(edge[0].next_functions)
+
+
+def _plain(flat: Tensor) -> Tensor:
+    # a view made without gradients would claim a graph that it does not have, and mislead a field
+    # that differentiates by the state
+    return flat.detach() if flat.requires_grad and not torch.is_grad_enabled() else flat
 
 
 def cut(flat: Tensor, sizes: Sequence[int], shapes: Sequence[torch.Size]) -> State:

@@ -22,6 +22,7 @@ from cnf.ode.errors import (
     TooManySteps,
 )
 from cnf.ode.guard import Rhs, State, Velocity, Watch, error_norm, finite
+from cnf.ode.quadrature import QuadratureSteps, inner_stages
 from cnf.ode.recorder import Stats
 from cnf.ode.runge_kutta import PlainSteps, Steps, evaluate, tableau
 from cnf.ode.solver import ADAPTIVE, FIXED, MULTISTEP, SCIPY, Solver
@@ -35,6 +36,7 @@ def integrate(
     parameters: Sequence[Tensor] = (),
     *,
     integrals: int = 0,
+    proper_rhs: Rhs | None = None,
     in_norm: Sequence[bool] | None = None,
     name: str = "",
 ) -> tuple[State, Stats]:
@@ -52,7 +54,8 @@ def integrate(
             clock; leaves or not. What is left out and used is refused in the backward pass.
         integrals: how many parts at the end of the state are only integrated beside the others:
             ``rhs`` gives their derivatives, but is called without them. The adjoint leaves them
-            out of its state.
+            out of its state, and ``Solver.quadrature`` out of the stages of its steps.
+        proper_rhs: the derivatives of the other parts alone, where they cost less than all.
         in_norm: which parts of the state steer the step size; None means all of them.
         name: what recorders and errors call this solve.
 
@@ -89,7 +92,7 @@ def integrate(
             f"{integrals}"
         )
     problem = Problem(
-        rhs, shapes, points, times, state[0], solver, tracked, integrals, counted, name
+        rhs, shapes, points, times, state[0], solver, tracked, integrals, proper_rhs, counted, name
     )
     if points[0] == points[-1] or not any(shape.numel() for shape in shapes):
         return _at_rest(state, len(points), tracked), problem.watch.finish()
@@ -116,6 +119,7 @@ class Problem:
         solver: Solver,
         tracked: tuple[Tensor, ...],
         integrals: int,
+        proper_rhs: Rhs | None,
         in_norm: list[bool],
         name: str,
     ):
@@ -124,11 +128,16 @@ class Problem:
         self.solver = solver
         self.tracked = tracked
         self.integrals = integrals
+        # without a right-hand side of its own for the state there is nothing to save
+        wanted = proper_rhs is not None if solver.quadrature is None else solver.quadrature
+        self.by_quadrature = bool(integrals) and wanted and solver.has_quadrature
         self.in_norm = in_norm
         self.norms = tuple(solver.norm if counts else None for counts in in_norm)
         self.norm = error_norm(shapes, self.norms)
         self.watch = Watch(solver, points, torch.finfo(like.dtype).eps, name)
-        self.velocity = Velocity(rhs, shapes, like.dtype, self.watch, tracked, integrals)
+        self.velocity = Velocity(
+            rhs, shapes, like.dtype, self.watch, tracked, integrals, proper_rhs
+        )
 
     def solve(self, flat: Tensor) -> tuple[Tensor, Stats]:
         """The solution, ``(times, size)``, and the work of the forward pass."""
@@ -210,12 +219,21 @@ class Problem:
 
     def steps(self) -> Steps:
         """The method's steps of the forward pass."""
-        solver, table = self.solver, tableau(self.solver.method)
+        solver, velocity = self.solver, self.velocity
+        method, rtol, atol = solver.method, solver.rtol, solver.atol
         if solver.compile:
-            velocity = self.velocity
-            spec = compiled.Spec(velocity.rhs, velocity.proper, self.norms, table)
+            spec = compiled.Spec(
+                velocity.rhs,
+                velocity.proper,
+                self.norms,
+                tableau(method),
+                velocity.proper_rhs if self.by_quadrature else None,
+                inner_stages(method) if self.by_quadrature else (),
+            )
             return compiled.CompiledSteps(spec, velocity.shapes, solver, self.watch)
-        return PlainSteps(self.velocity, table, solver.rtol, solver.atol, self.norm)
+        if self.by_quadrature:
+            return QuadratureSteps(velocity, method, rtol, atol, self.norm)
+        return PlainSteps(velocity, tableau(method), rtol, atol, self.norm)
 
     def walk_adjoint(self, solution: Tensor, gradient: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """The adjoint's gradients of the initial state and of the tracked tensors."""
@@ -301,6 +319,7 @@ class Problem:
             solver,
             self.tracked,
             self.integrals,
+            velocity.proper_rhs,
             self.in_norm,
             self.watch.name,
         )

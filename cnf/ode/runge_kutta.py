@@ -145,10 +145,10 @@ class PlainSteps:
         """The derivative at the start, and the size of a first step."""
         slope = evaluate(self.rhs, time, y)
         scale = self.atol + self.rtol * y.abs()
-        change = self.norm(slope / scale)
+        change = self.norm(self._steering(slope) / scale)
         guess = first_guess(self.norm(y / scale), change)
         ahead = self.rhs((time + sign * guess).to(y), y + sign * guess * slope)
-        bend = self.norm((ahead - slope) / scale)
+        bend = self.norm(self._steering(ahead - slope) / scale)
         return slope, float(first_size(guess, change, bend, self.table.order))
 
     def trial(self, step: Step, y: Tensor, slope: Tensor | None) -> Trial:
@@ -178,6 +178,10 @@ class PlainSteps:
             after, (start, *tracked), adjoint, allow_unused=True, retain_graph=True
         )
         return found[0], found[1:]
+
+    def _steering(self, slope: Tensor) -> Tensor:
+        """What of a derivative the first step's size depends on."""
+        return slope
 
     def _stages(self, step: Step, y: Tensor, slope: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         table = self.table

@@ -146,10 +146,13 @@ class Continuous(Transform):
                 "one; ask for more, e.g. Hutchinson(probes=8)"
             )
 
+        def velocity(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (clock * self.field(clock * t, state[0], context),)
+
         def rhs(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            x, t = state[0], clock * t
             if noise is None:
-                return (clock * self.field(t, x, context),)
+                return velocity(t, state)
+            x, t = state[0], clock * t
             point = divergence(self.field, t, x, context, noise, products)
             at = PathPoint(self.field, t, x, context, point)
             trace = point.divergence
@@ -172,6 +175,7 @@ class Continuous(Transform):
             self.solver.at(request.tolerance),
             self._differentiated(context, clock),
             integrals=len(state) - 1,
+            proper_rhs=velocity,
             in_norm=[True] * (1 + traced) + [request.costs_in_norm] * len(request.costs),
             name=self.name,
         )
