@@ -111,11 +111,11 @@ class Permutation(Linear):
 
     def multiply(self, z: Tensor) -> Tensor:
         """The entries in the given order."""
-        return z[..., self.order]
+        return z.index_select(-1, self.order)
 
     def solve(self, y: Tensor) -> Tensor:
         """The entries back in their places."""
-        return y[..., self.order.argsort()]
+        return y.index_select(-1, self.order.argsort())
 
     def log_abs_det(self) -> float:
         """Zero."""
