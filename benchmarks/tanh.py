@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from cnf.nets.smooth import rational_tanh
+from cnf.tanh import rational_tanh
 
 BATCH, WIDTH = 512, 64
 

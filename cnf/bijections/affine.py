@@ -11,6 +11,7 @@ from torch.nn.functional import softplus
 
 from cnf.bijections.base import Pair, ScalarMap
 from cnf.registry import record
+from cnf.tanh import quick_tanh
 
 SCALES = ("tanh", "softclip", "sigmoid", "softplus")
 
@@ -120,7 +121,7 @@ def soft_bound(raw: Tensor, bound: float, form: str = "tanh") -> Tensor:
     """
     if form == "softclip":
         return raw / (1 + (raw / bound).abs())
-    return bound * torch.tanh(raw / bound)
+    return bound * quick_tanh(raw / bound)
 
 
 def unit_softplus_offset(minimum: float) -> float:

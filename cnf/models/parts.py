@@ -74,6 +74,7 @@ def coupling_layers(
             activation=activation,
             residual=residual,
             zero_last=zero_last,
+            size=size,
         )
         if period is not None:
             net = Periodic(net, period)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 
 from cnf.nets.activations import activation as make_activation
-from cnf.nets.mlp import layer_widths, required, wire
+from cnf.nets.mlp import by_parameter, layer_widths, required, side_by_side, wire
 
 
 class MaskedLinear(nn.Linear):
@@ -213,15 +213,17 @@ class MADE(nn.Module):
         """
         shift = self._context_shift(context)
         x = self._columns(x)
+        last = len(self.layers) - 1
 
         def linear(index: int, value: Tensor) -> Tensor:
-            value = self.layers[index](value)
-            return value if index or shift is None else value + shift
+            layer: MaskedLinear = self.layers[index]  # type: ignore[assignment]
+            value = self._ending(layer, value) if index == last else layer(value)
+            if index or shift is None:
+                return value
+            return value + (shift.unflatten(-1, value.shape[-2:]) if last == 0 else shift)
 
         result = wire(x, linear, len(self.layers), self.activation, self.residual)
-        if self.direct is not None:
-            result = result + self.direct(x)
-        return result.unflatten(-1, (self.features, self.outputs))
+        return result if self.direct is None else result + self._ending(self.direct, x)
 
     def autoregress(
         self,
@@ -312,6 +314,12 @@ class MADE(nn.Module):
             counts = features if takes_features else self._rows[index - 1]
             levels.append(kind(weight, bias, rows, counts, batch))
         return levels
+
+    def _ending(self, layer: MaskedLinear, value: Tensor) -> Tensor:
+        """The outputs of a layer that ends in them, ``(*batch, features, outputs)``."""
+        if side_by_side(self.outputs):
+            return by_parameter(value, layer.masked_weight, layer.bias, self.outputs)
+        return layer(value).unflatten(-1, (self.features, self.outputs))
 
     def _columns(self, x: Tensor) -> Tensor:
         """What the first layer sees of features: themselves, or each one's cosine and sine."""

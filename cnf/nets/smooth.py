@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cnf.registry import unknown_name
+from cnf.tanh import quick_tanh
 
 
 class Formulas(NamedTuple):
@@ -29,14 +30,8 @@ class Formulas(NamedTuple):
 
 def tanh(h: Tensor) -> tuple[Tensor, Tensor]:
     """Hyperbolic tangent and its slope."""
-    y = _tanh(h)
+    y = quick_tanh(h)
     return y, torch.addcmul(y.new_ones(()), y, y, value=-1)
-
-
-def _tanh(h: Tensor) -> Tensor:
-    # the compiler's own tanh takes longer than the product with a 64 x 64 matrix before it
-    rational = torch.compiler.is_compiling() and h.dtype == torch.float32 and h.device.type == "cpu"
-    return _RationalTanh.apply(h) if rational else torch.tanh(h)
 
 
 def softplus(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,47 +56,6 @@ def gelu(h: Tensor) -> tuple[Tensor, Tensor]:
     """H Φ(h) and its slope."""
     normal = 0.5 * (1 + torch.erf(h / math.sqrt(2)))
     return h * normal, normal + h * _bell(h)
-
-
-class _RationalTanh(torch.autograd.Function):
-    """``rational_tanh`` with the derivative of tanh."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor) -> Tensor:
-        y = rational_tanh(h)
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return gradient * (1 - y * y)
-
-
-def rational_tanh(h: Tensor) -> Tensor:
-    """Tanh in float32, by sums and products alone; wrong by at most 4e-7 of its size.
-
-    The odd rational function of degrees 13 and 6 that Eigen and XLA use, too.
-    """
-    # literals, because a compiler takes global numbers for variables
-    h = h.clamp(-7.90531110763549805, 7.90531110763549805)
-    numerator = (
-        -2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08,
-        1.48572235717979e-05, 6.37261928875436e-04, 4.89352455891786e-03,
-    )  # fmt: skip
-    denominator = (
-        1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03
-    )  # fmt: skip
-    square = h * h
-    return h * _polynomial(numerator, square) / _polynomial(denominator, square)
-
-
-def _polynomial(weights: Sequence[float], x: Tensor) -> Tensor:
-    """Σ wᵢ xⁿ⁻ⁱ, by Horner's rule."""
-    total = weights[0] * x + weights[1]
-    for weight in weights[2:]:
-        total = total * x + weight
-    return total
 
 
 def _pull_tanh_(a: Tensor, b: Tensor, h: Tensor, y: Tensor, slope: Tensor) -> Tensor:
@@ -130,7 +84,7 @@ def _bell(h: Tensor) -> Tensor:
 
 
 SMOOTH: dict[str, Formulas] = {
-    "tanh": Formulas(_tanh, tanh, _pull_tanh_),
+    "tanh": Formulas(quick_tanh, tanh, _pull_tanh_),
     "softplus": Formulas(nn.functional.softplus, softplus, _pull_softplus_),
     "silu": Formulas(nn.functional.silu, silu, _pull_silu_),
     "sine": Formulas(torch.sin, sine, _pull_sine_),

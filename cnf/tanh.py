@@ -1,0 +1,61 @@
+"""The hyperbolic tangent, for code that may be compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def quick_tanh(h: Tensor) -> Tensor:
+    """Tanh; in compiled float32 code on CPU a rational function within 4e-7 of its size.
+
+    >>> quick_tanh(torch.tensor([0.0, 1.0]))
+    tensor([0.0000, 0.7616])
+    """
+    # the compiler's own tanh takes longer than a product with a 64 x 64 matrix
+    rational = torch.compiler.is_compiling() and h.dtype == torch.float32 and h.device.type == "cpu"
+    return _RationalTanh.apply(h) if rational else torch.tanh(h)
+
+
+class _RationalTanh(torch.autograd.Function):
+    """``rational_tanh`` with the derivative of tanh."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        y = rational_tanh(h)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return gradient * (1 - y * y)
+
+
+def rational_tanh(h: Tensor) -> Tensor:
+    """Tanh in float32, by sums and products alone; wrong by at most 4e-7 of its size.
+
+    The odd rational function of degrees 13 and 6 that Eigen and XLA use, too.
+    """
+    # literals, because a compiler takes global numbers for variables
+    h = h.clamp(-7.90531110763549805, 7.90531110763549805)
+    numerator = (
+        -2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08,
+        1.48572235717979e-05, 6.37261928875436e-04, 4.89352455891786e-03,
+    )  # fmt: skip
+    denominator = (
+        1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03
+    )  # fmt: skip
+    square = h * h
+    return h * _polynomial(numerator, square) / _polynomial(denominator, square)
+
+
+def _polynomial(weights: Sequence[float], x: Tensor) -> Tensor:
+    """Σ wᵢ xⁿ⁻ⁱ, by Horner's rule."""
+    total = weights[0] * x + weights[1]
+    for weight in weights[2:]:
+        total = total * x + weight
+    return total
