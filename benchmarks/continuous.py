@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,40 +171,52 @@ def training_steps(batch: int, rounds: int, *, hutchinson: bool = False) -> dict
 def alone(
     field: TimeMLP, x: Tensor, tangents: int, forward: int, backward: int
 ) -> Callable[[], object]:
-    """The matrix products and activations of a training step, and nothing else.
+    """The matrix products and activations of a checkpointed training step, and nothing else.
 
-    Every evaluation takes the batch through all layers and the tangents through the inner ones;
-    a differentiated evaluation adds two products for each, towards the input and the weight.
+    Every evaluation takes the batch through all layers, and those with a divergence the tangents
+    through the inner ones; a differentiated evaluation adds two products for each, towards the
+    input and the weight. A step forward has eight evaluations, three with a divergence, beside two
+    to begin with; a step that is differentiated has nine, four of them with one.
     """
     sizes = field.layers.sizes
-    shapes = [(len(x), *pair) for pair in pairwise(sizes)]
-    shapes += [(tangents * len(x), *pair) for pair in pairwise(sizes[1:-1])]
-    products = [
-        (x.new_empty(rows, inputs).normal_(), x.new_empty(inputs, outputs).normal_())
-        for rows, inputs, outputs in shapes
-    ]
-    ends = [points @ weight for points, weight in products]
-    hidden = [torch.empty_like(end) for end in ends[: len(sizes) - 2]]
-
-    def evaluate() -> None:
-        for (points, weight), end in zip(products, ends, strict=True):
-            torch.mm(points, weight, out=end)
-        for end, out in zip(ends, hidden, strict=False):
-            torch.tanh(end, out=out)
-
-    def differentiate() -> None:
-        for (points, weight), end in zip(products, ends, strict=True):
-            torch.mm(end, weight.T)
-            torch.mm(points.T, end)
+    whole = _Products([(len(x), *pair) for pair in pairwise(sizes)], len(sizes) - 2)
+    inner = _Products([(tangents * len(x), *pair) for pair in pairwise(sizes[1:-1])], 0)
+    traced, differentiated = 2 + 3 * (forward - 2) // 8, 4 * backward // 9
 
     def call() -> None:
-        for _ in range(forward):
-            evaluate()
+        for _ in range(forward + backward):
+            whole.evaluate()
+        for _ in range(traced + differentiated):
+            inner.evaluate()
         for _ in range(backward):
-            evaluate()
-            differentiate()
+            whole.differentiate()
+        for _ in range(differentiated):
+            inner.differentiate()
 
     return call
+
+
+class _Products:
+    """Products of (rows, inputs, outputs) each, with tanh after the first ``activated``."""
+
+    def __init__(self, shapes: Sequence[tuple[int, int, int]], activated: int):
+        self.pairs = [
+            (torch.empty(rows, inputs).normal_(), torch.empty(inputs, outputs).normal_())
+            for rows, inputs, outputs in shapes
+        ]
+        self.ends = [points @ weight for points, weight in self.pairs]
+        self.hidden = [torch.empty_like(end) for end in self.ends[:activated]]
+
+    def evaluate(self) -> None:
+        for (points, weight), end in zip(self.pairs, self.ends, strict=True):
+            torch.mm(points, weight, out=end)
+        for end, out in zip(self.ends, self.hidden, strict=False):
+            torch.tanh(end, out=out)
+
+    def differentiate(self) -> None:
+        for (points, weight), end in zip(self.pairs, self.ends, strict=True):
+            torch.mm(end, weight.T)
+            torch.mm(points.T, end)
 
 
 EXACT = cnf.Solver("dopri8", rtol=1e-10, atol=1e-10, gradient="checkpoint", norm="batch")
