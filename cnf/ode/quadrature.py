@@ -3,7 +3,7 @@
 What is only integrated beside the state (the log-determinant, costs) is dear to evaluate, and the
 stages of a Runge-Kutta method, which lie off the path, are bad places for it. The state walks by
 itself; its interpolant says where the path is at the rule's places, and the integrands are
-evaluated there: three times a step instead of six, at errors ten times smaller.
+evaluated there: three times a step instead of six, and more exactly.
 """
 
 from __future__ import annotations
