@@ -179,8 +179,8 @@ def alone(
     to begin with; a step that is differentiated has nine, four of them with one.
     """
     sizes = field.layers.sizes
-    whole = _Products([(len(x), *pair) for pair in pairwise(sizes)], len(sizes) - 2)
-    inner = _Products([(tangents * len(x), *pair) for pair in pairwise(sizes[1:-1])], 0)
+    whole = _Products(x, [(len(x), *pair) for pair in pairwise(sizes)], len(sizes) - 2)
+    inner = _Products(x, [(tangents * len(x), *pair) for pair in pairwise(sizes[1:-1])], 0)
     traced, differentiated = 2 + 3 * (forward - 2) // 8, 4 * backward // 9
 
     def call() -> None:
@@ -199,9 +199,9 @@ def alone(
 class _Products:
     """Products of (rows, inputs, outputs) each, with tanh after the first ``activated``."""
 
-    def __init__(self, shapes: Sequence[tuple[int, int, int]], activated: int):
+    def __init__(self, like: Tensor, shapes: Sequence[tuple[int, int, int]], activated: int):
         self.pairs = [
-            (torch.empty(rows, inputs).normal_(), torch.empty(inputs, outputs).normal_())
+            (like.new_empty(rows, inputs).normal_(), like.new_empty(inputs, outputs).normal_())
             for rows, inputs, outputs in shapes
         ]
         self.ends = [points @ weight for points, weight in self.pairs]

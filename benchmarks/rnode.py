@@ -71,8 +71,9 @@ def run(options: argparse.Namespace) -> None:
         "in the sample norm, then with the least gap."
     )
     for name in options.targets:
-        results = f"rnode-{name}" + "-warm" * bool(options.warm_start)
-        results += "-constant" * (options.schedule == "constant")
+        results = f"rnode-{name}-warm" if options.warm_start else f"rnode-{name}"
+        if options.schedule == "constant":
+            results += "-constant"
         if not options.keep:
             (harness.RESULTS / f"{results}.json").unlink(missing_ok=True)
         for weight in options.weights:

@@ -131,7 +131,8 @@ def side_by_side(size: int) -> bool:
 
     To bring the gradient of many parameters back into their rows costs more than it saves.
     """
-    return torch.compiler.is_compiling() and 1 < size <= (4 if torch.is_grad_enabled() else size)
+    cheap = size <= 4 or not torch.is_grad_enabled()
+    return size > 1 and cheap and torch.compiler.is_compiling()
 
 
 def by_parameter(value: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:

@@ -220,20 +220,14 @@ class Problem:
     def steps(self) -> Steps:
         """The method's steps of the forward pass."""
         solver, velocity = self.solver, self.velocity
-        method, rtol, atol = solver.method, solver.rtol, solver.atol
+        table = tableau(solver.method)
         if solver.compile:
-            spec = compiled.Spec(
-                velocity.rhs,
-                velocity.proper,
-                self.norms,
-                tableau(method),
-                velocity.proper_rhs if self.by_quadrature else None,
-                inner_stages(method) if self.by_quadrature else (),
-            )
+            spec = compiled.Spec(velocity.rhs, velocity.proper, self.norms, table)
+            if self.by_quadrature:
+                spec = spec._replace(alone=velocity.proper_rhs, inner=inner_stages(table))
             return compiled.CompiledSteps(spec, velocity.shapes, solver, self.watch)
-        if self.by_quadrature:
-            return QuadratureSteps(velocity, method, rtol, atol, self.norm)
-        return PlainSteps(velocity, tableau(method), rtol, atol, self.norm)
+        kind = QuadratureSteps if self.by_quadrature else PlainSteps
+        return kind(velocity, table, solver.rtol, solver.atol, self.norm)
 
     def walk_adjoint(self, solution: Tensor, gradient: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """The adjoint's gradients of the initial state and of the tracked tensors."""

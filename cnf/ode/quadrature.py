@@ -15,10 +15,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchdiffeq._impl.odeint import SOLVERS
 
 from cnf.ode.guard import Velocity
-from cnf.ode.runge_kutta import Norm, PlainSteps, Step, Tableau, Trial, combine, evaluate, tableau
+from cnf.ode.runge_kutta import Norm, PlainSteps, Step, Tableau, Trial, combine, evaluate
 
 _HALF = 0.5 / math.sqrt(5)
 PLACES = (0.5 - _HALF, 0.5 + _HALF)
@@ -31,13 +30,12 @@ _DIFFERENCE = tuple(w / 120 for w in (-math.sqrt(5), 5, -5, math.sqrt(5)))
 
 
 @functools.cache
-def inner_stages(method: str) -> tuple[tuple[float, ...], ...]:
+def inner_stages(table: Tableau) -> tuple[tuple[float, ...], ...]:
     """How a method's stages, its last one among them, make the state at ``PLACES``."""
-    table, middle = tableau(method), SOLVERS[method].mid.tolist()
-    return tuple(_interpolated(table, middle, place) for place in PLACES)
+    return tuple(_interpolated(table, place) for place in PLACES)
 
 
-def _interpolated(table: Tableau, middle: Sequence[float], s: float) -> tuple[float, ...]:
+def _interpolated(table: Tableau, s: float) -> tuple[float, ...]:
     """The polynomial of degree four through states and slopes at both ends, and the middle."""
     count = len(table.nodes)
     first = [1.0] + [0.0] * (count - 1)
@@ -47,7 +45,7 @@ def _interpolated(table: Tableau, middle: Sequence[float], s: float) -> tuple[fl
         + s**3 * (5 * start - 3 * end + 14 * weight - 32 * half)
         + s**4 * (2 * end - 2 * start - 8 * weight + 16 * half)
         for start, end, weight, half in zip(
-            first, reversed(first), table.weights, middle, strict=True
+            first, reversed(first), table.weights, table.middle, strict=True
         )
     )
 
@@ -99,16 +97,16 @@ class QuadratureSteps(PlainSteps):
 
     Args:
         velocity: the right-hand side.
-        method: one of ``cnf.ode.solver.WITH_QUADRATURE``.
+        table: of one of ``cnf.ode.solver.WITH_QUADRATURE``.
         rtol: relative tolerance.
         atol: absolute tolerance.
         norm: of a flat error.
     """
 
-    def __init__(self, velocity: Velocity, method: str, rtol: float, atol: float, norm: Norm):
-        super().__init__(velocity, tableau(method), rtol, atol, norm)
+    def __init__(self, velocity: Velocity, table: Tableau, rtol: float, atol: float, norm: Norm):
+        super().__init__(velocity, table, rtol, atol, norm)
         self.alone = velocity.alone
-        self.inner = inner_stages(method)
+        self.inner = inner_stages(table)
         self.sizes = (velocity.proper_size, sum(velocity.sizes) - velocity.proper_size)
 
     def trial(self, step: Step, y: Tensor, slope: Tensor | None) -> Trial:

@@ -29,6 +29,7 @@ class Tableau(NamedTuple):
         stages: A, the row of each stage.
         weights: b, what the stages add to the solution.
         error: what they add to the error estimate; empty on a fixed grid.
+        middle: what they add to the state in the middle of the step; empty on a fixed grid.
     """
 
     order: int
@@ -36,6 +37,7 @@ class Tableau(NamedTuple):
     stages: tuple[tuple[float, ...], ...]
     weights: tuple[float, ...]
     error: tuple[float, ...] = ()
+    middle: tuple[float, ...] = ()
 
     @property
     def reuses_last(self) -> bool:
@@ -77,6 +79,7 @@ def tableau(method: str) -> Tableau:
         ((), *[tuple(row.tolist()) for row in table.beta]),
         tuple(table.c_sol.tolist()),
         tuple(table.c_error.tolist()),
+        tuple(SOLVERS[method].mid.tolist()),
     )
 
 
