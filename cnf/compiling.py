@@ -12,6 +12,10 @@ import torch
 
 T = TypeVar("T")
 
+# torch's name for keeping on disk what it made of a function with a derivative of its own, such as
+# the rational tanh: a torch that has it does not compile such code again in every process
+CACHED = "autograd_cache_allow_custom_autograd_functions"
+
 
 def compiled(
     function: Callable[..., T],
@@ -52,7 +56,6 @@ def compiled(
         function, fullgraph=whole, backend=backend, mode=mode, dynamic=dynamic, **options
     )
 
-    @functools.wraps(function)
     @torch._dynamo.config.patch(trace_autograd_ops=True, specialize_float=constants)
     def quiet(*arguments: Any) -> T:
         # a compiler hides its warnings of its own making from people, but not from filters that
@@ -64,7 +67,9 @@ def compiled(
             warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
             return run(*arguments)
 
-    return quiet
+    if hasattr(torch._functorch.config, CACHED):
+        quiet = torch._functorch.config.patch(CACHED, True)(quiet)
+    return functools.wraps(function)(quiet)
 
 
 def has_compiler() -> bool:

@@ -111,14 +111,11 @@ def walk_adjoint(
         norms.append(None if solver.seminorm else "batch")
     table = tableau(solver.method)
 
-    if solver.compile:
-        velocity.look(points[-1], solution[-1])
-
     def steps(sources: Sequence[Tensor]) -> Steps:
         if solver.compile:
             rhs = backward_rhs(velocity.rhs, tracked, sources, count)
             spec = compiled.Spec(rhs, 2 * count, tuple(norms), table)
-            return compiled.CompiledSteps(spec, shapes, solver, watch)
+            return compiled.CompiledSteps(spec, shapes, solver, velocity)
         rhs = backward_rhs(velocity.parts, tracked, sources, count)
         flat = Flattened(rhs, shapes[: 2 * count], watch)
         return PlainSteps(flat, table, solver.rtol, solver.atol, error_norm(shapes, norms))

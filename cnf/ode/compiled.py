@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cnf.compiling import compiled
 from cnf.ode.errors import CompilationError
-from cnf.ode.guard import HUGE, Rhs, State, Watch, cut, join
+from cnf.ode.guard import HUGE, Rhs, State, Velocity, cut, join
 from cnf.ode.quadrature import PLACES, increment, increment_error
 from cnf.ode.runge_kutta import Step, Tableau, Trial, first_guess, first_size
 from cnf.ode.solver import Solver
@@ -72,7 +72,7 @@ class CompiledSteps:
         spec: what is compiled.
         shapes: of the parts of the state.
         solver: with the tolerances and the compiler.
-        watch: counts evaluations.
+        velocity: checks what compiled code has no place to check, and counts evaluations.
     """
 
     def __init__(
@@ -80,19 +80,21 @@ class CompiledSteps:
         spec: Spec,
         shapes: Sequence[torch.Size],
         solver: Solver,
-        watch: Watch,
+        velocity: Velocity,
     ):
         self.spec = spec
         self.shapes = shapes
         self.sizes = [shape.numel() for shape in shapes]
         self.tolerances = solver.rtol, solver.atol
         self.code = code(solver.backend)
-        self.watch = watch
+        self.velocity = velocity
+        self.watch = velocity.watch
 
     def begin(self, time: float, y: Tensor, sign: float) -> tuple[Tensor, float]:
         """The derivative at the start, and the size of a first step."""
         numbers = self._numbers(y, time, sign)
-        slope, size = self.code.begin(self.spec, numbers, self._parts(y))
+        look = self._look(time, y)
+        slope, size = self.code.begin(look, self.spec, numbers, self._parts(y))
         self.watch.nfe += 2
         return slope, float(size)
 
@@ -100,7 +102,8 @@ class CompiledSteps:
         """A step and its error."""
         slopes = None if slope is None else self._parts(slope)
         numbers = self._numbers(y, *step)
-        trial = self.code.trial(self.spec, numbers, self._parts(y), slopes)
+        look = self._look(step.time, y)
+        trial = self.code.trial(look, self.spec, numbers, self._parts(y), slopes)
         self.watch.nfe += self.spec.evaluations + (slope is None)
         self.watch.velocity = trial[1] if trial[2] is None else trial[2]
         return Trial(*trial)
@@ -109,7 +112,7 @@ class CompiledSteps:
         """The state at the end of a step."""
         self.watch.nfe += self.spec.recomputed
         numbers = self._numbers(y, *step)
-        return self.code.step(self.spec, numbers, self._parts(y))
+        return self.code.step(self._look(step.time, y), self.spec, numbers, self._parts(y))
 
     def pull(
         self, step: Step, y: Tensor, adjoint: Tensor, tracked: Sequence[Tensor]
@@ -118,7 +121,8 @@ class CompiledSteps:
         self.watch.nfe += self.spec.recomputed
         numbers = self._numbers(y, *step)
         state, adjoints = self._parts(y), self._parts(adjoint)
-        return self.code.pull(self.spec, numbers, state, adjoints, tuple(tracked))
+        look = self._look(step.time, y)
+        return self.code.pull(look, self.spec, numbers, state, adjoints, tuple(tracked))
 
     def _numbers(self, y: Tensor, time: float, size: float) -> Tensor:
         # as one tensor: code that was compiled for one number would be compiled again for the next
@@ -127,9 +131,12 @@ class CompiledSteps:
     def _parts(self, flat: Tensor) -> State:
         return cut(flat, self.sizes, self.shapes)
 
+    def _look(self, time: float, y: Tensor) -> Callable[[], None]:
+        return functools.partial(self.velocity.look, time, y)
+
 
 class Code(NamedTuple):
-    """The functions below, compiled."""
+    """The functions below, compiled; each takes a look at the velocity first (see ``code``)."""
 
     begin: Callable[..., tuple[Tensor, Tensor]]
     trial: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor]]
@@ -139,8 +146,16 @@ class Code(NamedTuple):
 
 @functools.cache
 def code(backend: str) -> Code:
-    """The functions below, compiled once for all specs that look alike to a compiler."""
+    """The functions below, compiled once for all specs that look alike to a compiler.
+
+    Compiled code cannot check the velocity. Their first argument can, by evaluating it once: it is
+    called where something was compiled, and what passes then passes whenever that code is used.
+    """
     from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+    from torch._dynamo.utils import counters
+
+    def graphs() -> int:
+        return counters["stats"]["unique_graphs"]
 
     def one(function: Callable[..., T]) -> Callable[..., T]:
         run = compiled(
@@ -154,13 +169,23 @@ def code(backend: str) -> Code:
         )
 
         @functools.wraps(function)
-        def named(*arguments: object) -> T:
+        def checked(look: Callable[[], None], *arguments: object) -> T:
+            before = graphs()
             try:
-                return run(*arguments)
-            except TorchDynamoException as error:
+                result = run(*arguments)
+                if run is function or graphs() != before:
+                    look()
+                return result
+            except BaseException as error:
+                if graphs() != before:
+                    # nobody may come across code that has not passed
+                    torch.compiler.reset()
+                if not isinstance(error, TorchDynamoException):
+                    raise
+                look()  # what is wrong with the velocity has a better name
                 raise CompilationError(str(error)) from error
 
-        return named
+        return checked
 
     return Code(one(begin), one(trial), one(step), one(pull))
 

@@ -213,8 +213,6 @@ class Problem:
 
     def walk(self, flat: Tensor, keep: bool = True) -> stepper.Path:
         """The solution by our own stepper, and the way there."""
-        if self.solver.compile:
-            self.velocity.look(self.points[0], flat)
         return stepper.walk(self.steps(), flat, self.points, self.solver, self.watch, keep)
 
     def steps(self) -> Steps:
@@ -225,7 +223,7 @@ class Problem:
             spec = compiled.Spec(velocity.rhs, velocity.proper, self.norms, table)
             if self.by_quadrature:
                 spec = spec._replace(alone=velocity.proper_rhs, inner=inner_stages(table))
-            return compiled.CompiledSteps(spec, velocity.shapes, solver, self.watch)
+            return compiled.CompiledSteps(spec, velocity.shapes, solver, velocity)
         kind = QuadratureSteps if self.by_quadrature else PlainSteps
         return kind(velocity, table, solver.rtol, solver.atol, self.norm)
 
@@ -283,8 +281,6 @@ class Problem:
         watch = self.watch
         watch.begin("backward", adaptive=False)
         try:
-            if self.solver.compile:
-                self.velocity.look(self.points[0], path.kept[0])
             start, grads = stepper.walk_back(
                 self.steps(), path, gradient, self.tracked, self.solver, watch
             )
