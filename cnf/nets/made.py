@@ -86,13 +86,17 @@ class _Filling(_Growing):
         super().__init__(weight, bias.expand(-1, batch).clone(), units, inputs, batch)
         self.known = weight.new_zeros(sum(inputs), batch)
         self.places = self.known.split_with_sizes(inputs)
+        self.empty = True
 
     def __call__(self, level: int, new: Tensor) -> Tensor:
         """Take a level's inputs ``(n, batch)`` and return its units."""
         if self.inputs[level]:
             self.places[level].copy_(new)
+            self.empty = False
         if not self.units[level]:
             return new[:0]
+        if self.empty:
+            return self.biases[level]
         return self.biases[level].addmm_(self.weights[level], self.known)
 
 
@@ -163,6 +167,7 @@ class MADE(nn.Module):
         self.context_features = context_features
         self.residual = residual
         self.activation = make_activation(activation)
+        self._natural = adjacency is None and order in (None, "natural")
         if adjacency is None:
             sequence = _sequence(features, order, generator)
             parents, depth = _grouped(features, sequence, passes)
@@ -213,16 +218,17 @@ class MADE(nn.Module):
         """
         shift = self._context_shift(context)
         x = self._columns(x)
-        last = len(self.layers) - 1
+        layers: list[MaskedLinear] = [*self.layers]
+        last = len(layers) - 1
 
         def linear(index: int, value: Tensor) -> Tensor:
-            layer: MaskedLinear = self.layers[index]  # type: ignore[assignment]
+            layer = layers[index]
             value = self._ending(layer, value) if index == last else layer(value)
             if index or shift is None:
                 return value
             return value + (shift.unflatten(-1, value.shape[-2:]) if last == 0 else shift)
 
-        result = wire(x, linear, len(self.layers), self.activation, self.residual)
+        result = wire(x, linear, len(layers), self.activation, self.residual)
         return result if self.direct is None else result + self._ending(self.direct, x)
 
     def autoregress(
@@ -256,7 +262,8 @@ class MADE(nn.Module):
         """
         shape, batch = z.shape[:-1], math.prod(z.shape[:-1])
         layers = self._levels(context, batch)
-        parts = z.index_select(-1, self.order).split_with_sizes(self._counts, -1)
+        ordered = z if self._natural else z.index_select(-1, self.order)
+        parts = ordered.split_with_sizes(self._counts, -1)
         values: list[Tensor] = []
         new = z.new_empty(0, batch)
         for level, part in enumerate(parts):
@@ -264,7 +271,10 @@ class MADE(nn.Module):
             values.append(step(part, result.t().reshape(*part.shape, self.outputs)))
             columns = self._columns(values[-1])
             new = columns.reshape(batch, columns.shape[-1]).t()
-        return torch.cat(values, -1).index_select(-1, self.place).reshape(*shape, self.features)
+        found = torch.cat(values, -1)
+        if not self._natural:
+            found = found.index_select(-1, self.place)
+        return found.reshape(*shape, self.features)
 
     def extra_repr(self) -> str:
         """Sizes, and the number of steps that ``autoregress`` takes."""
@@ -330,6 +340,8 @@ class MADE(nn.Module):
 
     def _sorted(self, rows: Tensor, size: int) -> Tensor:
         """Rows ``(features · size, n)`` with the features in order."""
+        if self._natural:
+            return rows
         blocks = rows.unflatten(0, (self.features, size))
         return blocks.index_select(0, self.order).flatten(0, 1)
 
