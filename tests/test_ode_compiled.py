@@ -61,7 +61,7 @@ def test_compiled_methods_are_the_plain_ones(method):
     with torch.no_grad(), count_nfe() as again:
         Problem().loss(dataclasses.replace(plain, compile=BACKEND))
     assert again.forward == nfe.forward
-    assert compiled_nfe.forward > nfe.forward  # what was compiled was checked
+    assert compiled_nfe.forward == nfe.forward + 1  # what was compiled was checked
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")

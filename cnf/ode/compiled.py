@@ -136,7 +136,7 @@ class CompiledSteps:
 
 
 class Code(NamedTuple):
-    """The functions below, compiled; each takes a look at the velocity first (see ``code``)."""
+    """The functions below, compiled; the first argument of each looks at the velocity."""
 
     begin: Callable[..., tuple[Tensor, Tensor]]
     trial: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor]]
@@ -148,7 +148,7 @@ class Code(NamedTuple):
 def code(backend: str) -> Code:
     """The functions below, compiled once for all specs that look alike to a compiler.
 
-    Compiled code cannot check the velocity. Their first argument can, by evaluating it once: it is
+    Compiled code cannot check the velocity. What they take as their first argument does: it is
     called where something was compiled, and what passes then passes whenever that code is used.
     """
     from torch._dynamo.exc import TorchDynamoException  # takes a second to import

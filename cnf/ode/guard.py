@@ -195,8 +195,10 @@ class Velocity:
         return parts
 
     def look(self, time: float, flat: Tensor) -> None:
-        """Evaluate once for the checks alone, which compiled code has no place for."""
+        """Evaluate for the checks alone, which compiled code has no place for, if not done yet."""
         backward = self.watch.direction == "backward"
+        if not self.unchecked and not (backward and self.untraced):
+            return
         with torch.set_grad_enabled(backward):
             proper = flat[: self.proper_size].detach().requires_grad_(backward)
             self.parts(flat.new_full((), time), self.split_proper(proper))
