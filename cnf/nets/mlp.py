@@ -77,15 +77,16 @@ class MLP(nn.Module):
         """
         if self.context_features:
             x = torch.cat([x, required(context, self.context_features)], -1)
-        last = len(self.layers) - 1
+        layers: list[nn.Linear] = [*self.layers]
+        last = len(layers) - 1
 
         def linear(index: int, value: Tensor) -> Tensor:
-            layer: nn.Linear = self.layers[index]  # type: ignore[assignment]
+            layer = layers[index]
             if index < last or not side_by_side(self.size):
                 return layer(value)
             return by_parameter(value, layer.weight, layer.bias, self.size)
 
-        return wire(x, linear, len(self.layers), self.activation, self.residual)
+        return wire(x, linear, len(layers), self.activation, self.residual)
 
 
 def layer_widths(inputs: int, hidden: Sequence[int], outputs: int, residual: bool) -> list[int]:
