@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 import math
 import time
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -629,6 +631,28 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     assert second.stopped == "steps"
     longer = fit(affine(), gaussian(300), steps=40, out=tmp_path, resume=True)
     assert longer.steps == 40
+
+
+def test_steps_that_are_enough_do_not_limit_what_a_time_validates_on(tmp_path):
+    def rows(**budget):
+        flow = ffjord(2, hidden=(8,))
+        fit(
+            flow,
+            gaussian(300),
+            objective=("flow-matching", "likelihood"),
+            validation=gaussian(1000, seed=1),
+            batch_size=32,
+            out=tmp_path,
+            **budget,
+        )
+        return json.loads(state(tmp_path))["validation_rows"]
+
+    def state(folder):
+        with safe_open(folder / "checkpoint.safetensors", framework="pt") as file:
+            return file.metadata()["state"]
+
+    assert rows(seconds=0.5) == 1000
+    assert rows(steps=20) == 256
 
 
 def test_resuming_something_else_is_refused(tmp_path):

@@ -10,6 +10,7 @@ from cnf.objectives.coupling import Coupling, ExactTransport, Independent, Sinkh
 from cnf.objectives.flow_matching import FlowMatching, guided
 from cnf.objectives.likelihood import MaximumLikelihood
 from cnf.objectives.paths import (
+    LateTimes,
     LinearPath,
     LogitNormalTimes,
     Path,
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OBJECTIVES", "Batch", "Coupling", "ExactTransport", "FlowMatching", "Independent",
-    "LinearPath", "LogitNormalTimes", "Loss", "MaximumLikelihood", "Objective", "Path",
-    "ReverseKL", "Sinkhorn", "Times", "UniformTimes", "VariancePreserving", "build_objective",
-    "guided",
+    "LateTimes", "LinearPath", "LogitNormalTimes", "Loss", "MaximumLikelihood", "Objective",
+    "Path", "ReverseKL", "Sinkhorn", "Times", "UniformTimes", "VariancePreserving",
+    "build_objective", "guided",
 ]  # fmt: skip
 
 #: Builders of objectives by the name that ``fit(objective=…)`` takes; each is given the flow.

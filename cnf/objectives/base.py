@@ -61,13 +61,16 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         flow: the flow that is trained. An objective may have parameters of its own beside it.
-        lr: the peak learning rate that suits it unless ``fit`` is told another.
+        optimizer: the optimiser that suits it, ``"adamw"`` or ``"muon"``, unless ``fit`` is told
+            another.
+        lr: the peak learning rate that suits it, likewise.
         share: what it takes of the budget, relative to other objectives that ``fit`` runs in turn.
         enough: steps after which an objective that follows brings more; None for no such number.
         step_cost: how many densities take as long as one training step on as many rows.
     """
 
     flow: Flow
+    optimizer: str = "adamw"
     lr: float = 5e-3
     share: float = 1.0
     enough: int | None = None

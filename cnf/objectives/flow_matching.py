@@ -46,7 +46,8 @@ class FlowMatching(Objective):
         path: ``"linear"``, ``"vp"`` or a record such as ``LinearPath(sigma_min=1e-3)``.
         coupling: who is paired with whom: ``"independent"``; ``"exact"`` or ``"sinkhorn"`` optimal
             transport within the batch, and within equal contexts; ``"reflow"``; or a record.
-        times: ``"uniform"``, ``"logit-normal"`` or a record.
+        times: ``"late"``, ``"uniform"``, ``"logit-normal"`` or a record; None means those of the
+            path: late for linear ones, uniform for the variance-preserving.
         draws: with how many base samples and times each row is paired in a step: steps that are
             little work learn more for their time from several. None means 2 for vectors, 1 for
             images.
@@ -65,9 +66,10 @@ class FlowMatching(Objective):
         dict_keys(['velocity error'])
     """
 
-    share = 1.5  # what its steps bring costs the likelihood ten times as much
+    share = 3.0  # what its steps bring costs the likelihood ten times as much
     enough = 5_000
     step_cost = 0.05  # one velocity and its gradient beside a solve with its divergence
+    optimizer = "muon"
     lr = 2e-2  # a regression on noisy targets: the average of the weights, not lr, settles them
 
     def __init__(
@@ -76,19 +78,22 @@ class FlowMatching(Objective):
         *,
         path: str | Path = "linear",
         coupling: str | Coupling = "independent",
-        times: str | Times = "uniform",
+        times: str | Times | None = None,
         draws: int | None = None,
         drop_context: float | None = None,
         teacher: Flow | None = None,
     ):
         super().__init__(flow)
         part, _ = continuous_part(flow)  # refuse at once what cannot be matched
+        vectors = event_dims(part.field) == 1
+        if vectors:
+            self.lr = 3e-2
         if draws is not None and draws < 1:
             raise ValueError(f"draws must be at least 1, got {draws}")
-        self.draws = draws or (VECTOR_DRAWS if event_dims(part.field) == 1 else 1)
+        self.draws = draws or (VECTOR_DRAWS if vectors else 1)
         self.drop_context = dropped_fraction(flow, drop_context)
         self.path = as_path(path)
-        self.times = as_times(times)
+        self.times = as_times(self.path.times if times is None else times)
         reflow = coupling == "reflow"
         if reflow and teacher is None:
             raise ValueError(

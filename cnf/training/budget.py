@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 
 DEFAULT_STEPS = 3000
+SETTLING = 20  # steps after which Adam knows the sizes of a new objective's gradients
 
 
 class Clock:
@@ -108,14 +109,22 @@ def stage(
     )
 
 
-def rate(progress: float, *, warmup: float, schedule: str) -> float:
+def rate(progress: float, *, warmup: float, schedule: str, step: int | None = None) -> float:
     """The factor on the learning rate: a linear rise, then a constant or half a cosine.
 
     >>> [round(rate(p, warmup=0.1, schedule="cosine"), 3) for p in (0.05, 0.1, 0.55, 1.0)]
     [0.5, 1.0, 0.5, 0.0]
+
+    Args:
+        progress: the fraction of the stage's budget that is spent.
+        warmup: the fraction over which it rises.
+        schedule: ``"cosine"`` or ``"constant"``, afterwards.
+        step: of a stage that goes on from another's weights, how many steps it has made: the rate
+            then rises over the first 20 as well, lest steps of the wrong size spoil good weights.
     """
+    settled = 1.0 if step is None else min((step + 1) / SETTLING, 1.0)
     if progress < warmup:
-        return max(progress / warmup, 1e-3)
+        return settled * max(progress / warmup, 1e-3)
     if schedule == "constant":
-        return 1.0
-    return 0.5 * (1.0 + math.cos(math.pi * (progress - warmup) / (1.0 - warmup)))
+        return settled
+    return settled * 0.5 * (1.0 + math.cos(math.pi * (progress - warmup) / (1.0 - warmup)))

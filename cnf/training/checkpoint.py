@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,24 +63,28 @@ def unpack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(start) :]: t for name, t in tensors.items() if name.startswith(start)}
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The running moments of an optimizer by ``parameter number.name``."""
-    states = optimizer.state_dict()["state"]
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The running moments of optimizers by ``optimizer.parameter.name``, the first two numbers."""
     return {
-        f"{number}.{name}": torch.as_tensor(value)
-        for number, moments in states.items()
+        f"{place}.{number}.{name}": torch.as_tensor(value)
+        for place, optimizer in enumerate(optimizers)
+        for number, moments in optimizer.state_dict()["state"].items()
         for name, value in moments.items()
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def restore_optimizers(
+    optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]
+) -> None:
     """Put moments written by ``optimizer_tensors`` back."""
-    whole = optimizer.state_dict()
-    whole["state"] = {}
-    for key, tensor in tensors.items():
-        number, _, name = key.partition(".")
-        whole["state"].setdefault(int(number), {})[name] = tensor
-    optimizer.load_state_dict(whole)
+    for place, optimizer in enumerate(optimizers):
+        whole = optimizer.state_dict()
+        whole["state"] = {}
+        for key, tensor in tensors.items():
+            of, number, name = key.split(".", 2)
+            if int(of) == place:
+                whole["state"].setdefault(int(number), {})[name] = tensor
+        optimizer.load_state_dict(whole)
 
 
 def check_same(what: str, expected: Any, found: Any) -> None:

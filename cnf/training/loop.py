@@ -38,6 +38,7 @@ def fit(
     steps: int | None = None,
     seconds: float | None = None,
     batch_size: int = 512,
+    optimizer: str | None = None,
     lr: float | None = None,
     weight_decay: float = 0.0,
     warmup: float = 0.02,
@@ -57,7 +58,7 @@ def fit(
     """Train a flow on data, in place; it ends with the best weights that validation has seen.
 
     A tenth of the rows (at most 10,000) is set aside for validation unless it is given. Standard
-    scores are taken from the training rows, then AdamW follows a linear warm-up and a cosine. The
+    scores are taken from the training rows, then the learning rate rises and falls as a cosine. The
     weights are averaged as it goes, and it is the averages that are validated and kept. With steps
     and seconds both given, whichever ends first ends the run; with neither, 3,000 steps are made.
     Ctrl-C ends it early with all else as at the end, and ``stopped`` says so.
@@ -70,7 +71,8 @@ def fit(
         objective: what to minimise: an objective of this flow, a name, or several that run in
             turn. None means what the flow's paper trains with, or else the likelihood.
         shares: how several objectives divide the budget; None takes each objective's own share:
-            flow matching has three fifths, or 5,000 steps if those are less, before the likelihood.
+            flow matching has three quarters, or 5,000 steps if those are less, before the
+            likelihood.
         context: the context of the data, ``(rows, context_features)``.
         weights: how much each row of the data counts, ``(rows,)``, not negative; only their ratios
             matter. A row of weight 2 is one that is there twice, a row of weight 0 is not there.
@@ -79,9 +81,13 @@ def fit(
         steps: how many optimiser steps to make.
         seconds: how much wall time to train for, validation included.
         batch_size: rows per step.
+        optimizer: ``"adamw"``, or ``"muon"``, which levels the steps of wide layers' matrices and
+            leaves the rest to AdamW, see ``cnf.training.muon``. None takes the first objective's
+            own: Muon begins with flow matching, AdamW with the likelihood.
         lr: the peak learning rate; None takes each objective's own.
-        weight_decay: AdamW's, on matrices.
-        warmup: the fraction of the budget over which the learning rate rises.
+        weight_decay: decoupled, on matrices.
+        warmup: the fraction of an objective's budget over which the learning rate rises; after
+            another objective, it rises over twenty steps at least.
         schedule: ``"cosine"`` or ``"constant"``, after the warm-up.
         clip: the largest gradient norm, None for any.
         average: decay of the moving average of the weights, 0 for none. Its horizon is never
@@ -129,6 +135,7 @@ def fit(
         shares=tuple(shares),
         steps=steps,
         seconds=seconds,
+        optimizer=optimizer,
         lr=lr,
         weight_decay=weight_decay,
         warmup=warmup,
@@ -157,6 +164,7 @@ def fit(
         "weighting of rows": rows.weight is not None,
         "batch size": order.size,
         "sequence of objectives": [name for name, _ in objectives],
+        "optimizer": optimizer or objectives[0][1].optimizer,
     }
     folder = None if out is None else Path(out)
     saved = checkpoint.read(folder) if resume and folder is not None else None

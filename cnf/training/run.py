@@ -13,12 +13,13 @@ from torch import Tensor
 
 from cnf.objectives import Objective
 from cnf.ode import count_nfe
+from cnf.registry import unknown_name
 from cnf.training import budget, checkpoint
 from cnf.training.budget import Budget, Clock
 from cnf.training.data import Order, Rows
 from cnf.training.history import History
 from cnf.training.progress import Bar
-from cnf.training.update import NUMERICAL, Failures, StepFailed, Updater
+from cnf.training.update import NUMERICAL, OPTIMIZERS, Failures, StepFailed, Updater
 from cnf.training.validation import Timetable, Validator
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Settings:
     shares: tuple[float, ...]
     steps: int | None
     seconds: float | None
+    optimizer: str | None
     lr: float | None
     weight_decay: float
     warmup: float
@@ -58,6 +60,8 @@ class Settings:
     on_failure: str
 
     def __post_init__(self) -> None:
+        if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
+            raise unknown_name("optimizer", self.optimizer, OPTIMIZERS)
         if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if self.weight_decay < 0:
@@ -189,6 +193,8 @@ class Run:
         )
         updater = Updater(
             objective,
+            # what an objective began with goes on: it suits the weights that it has made
+            optimizer=settings.optimizer or self.objectives[0][1].optimizer,
             lr=objective.lr if settings.lr is None else settings.lr,
             weight_decay=settings.weight_decay,
             clip=settings.clip,
@@ -201,7 +207,9 @@ class Run:
     def _limit_validation(self, stage: Stage) -> None:
         """Choose how many rows to validate on, so that validation stays a tenth of the work."""
         share = stage.budget
-        if share.last_step is not None:
+        # where an objective leaves the rest of a time to others, its steps do not bound the rows:
+        # too few of them, and chance would choose the weights
+        if self.settings.steps is not None and share.last_step is not None:
             rows = (share.last_step - share.first_step) * self.order.size
             self.validator.limit_work(rows, stage.updater.objective.step_cost)
         if share.end is not None:
@@ -249,7 +257,8 @@ class Run:
     def _step(self, stage: Stage, progress: float) -> None:
         """Try one optimiser step; skip it, or end the run, if it fails."""
         settings, history = self.settings, self.history
-        rate = budget.rate(progress, warmup=settings.warmup, schedule=settings.schedule)
+        begun = history.steps - stage.budget.first_step if stage.index else None
+        rate = budget.rate(progress, warmup=settings.warmup, schedule=settings.schedule, step=begun)
         order, noise = self.order.state(), self.noise.get_state()
         failure: StepFailed | None = None
         try:
@@ -365,7 +374,7 @@ class Run:
         tensors = {
             **checkpoint.pack("model", updater.objective.state_dict()),
             **checkpoint.pack("best", self.best),
-            **checkpoint.pack("optimizer", checkpoint.optimizer_tensors(updater.optimizer)),
+            **checkpoint.pack("optimizer", checkpoint.optimizer_tensors(updater.optimizers)),
             **checkpoint.pack("average", {str(i): v for i, v in enumerate(updater.average.values)}),
             "order": order,
             "noise": self.noise.get_state(),
@@ -397,7 +406,7 @@ class Run:
         stage = self._stage(state["stage"], *state["start"])
         updater, timetable = stage.updater, stage.timetable
         updater.objective.load_state_dict(checkpoint.unpack("model", tensors))
-        checkpoint.restore_optimizer(updater.optimizer, checkpoint.unpack("optimizer", tensors))
+        checkpoint.restore_optimizers(updater.optimizers, checkpoint.unpack("optimizer", tensors))
         for number, value in checkpoint.unpack("average", tensors).items():
             updater.average.values[int(number)].copy_(value)
         updater.average.updates = state["updates"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from cnf.bijections import InversionError
 from cnf.objectives import Batch, Objective
 from cnf.ode import SolverError
 from cnf.training.averaging import Average
+from cnf.training.muon import Muon, suits
 
 IN_A_ROW = 20  # failed steps in a row that end a run
 WINDOW, IN_WINDOW = 100, 30  # or that many among the last so many
@@ -22,12 +23,13 @@ NUMERICAL = (SolverError, InversionError, torch.linalg.LinAlgError)
 
 
 class Updater:
-    """Gradient, clipping, AdamW and the average of the weights, for one objective.
+    """Gradient, clipping, optimiser and the average of the weights, for one objective.
 
     Args:
         objective: what to minimise.
+        optimizer: one of ``OPTIMIZERS``.
         lr: the peak learning rate.
-        weight_decay: of AdamW; acts on matrices only, not on biases, scales or centres.
+        weight_decay: decoupled; acts on matrices only, not on biases, scales or centres.
         clip: the largest norm of a gradient; longer ones are shortened. None for any.
         average: the decay of the moving average of the weights.
     """
@@ -36,6 +38,7 @@ class Updater:
         self,
         objective: Objective,
         *,
+        optimizer: str,
         lr: float,
         weight_decay: float,
         clip: float | None,
@@ -49,7 +52,7 @@ class Updater:
             )
         self.lr = lr
         self.clip = clip
-        self.optimizer = _adam(self.parameters, lr, weight_decay)
+        self.optimizers = OPTIMIZERS[optimizer](self.parameters, lr, weight_decay)
         self.average = Average(self.parameters, average)
 
     def step(self, batch: Batch, rate: float, generator: torch.Generator, progress: float) -> float:
@@ -81,9 +84,10 @@ class Updater:
             raise StepFailed("non-finite gradient", f"the gradient's norm is {length}")
         if self.clip is not None and length > self.clip:
             torch._foreach_mul_(gradients, self.clip / length)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * rate
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * rate
+            optimizer.step()
         self.average.update()
         return total
 
@@ -129,7 +133,10 @@ class Failures:
         return self._row >= IN_A_ROW or sum(self._recent) > IN_WINDOW
 
 
-def _adam(parameters: Sequence[nn.Parameter], lr: float, decay: float) -> torch.optim.AdamW:
+def adamw(
+    parameters: Sequence[nn.Parameter], lr: float, decay: float
+) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters."""
     groups = [{"params": list(parameters), "weight_decay": 0.0}]
     if decay:
         groups = [
@@ -137,7 +144,23 @@ def _adam(parameters: Sequence[nn.Parameter], lr: float, decay: float) -> torch.
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=fused)
+    return [torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=fused)]
+
+
+def muon(
+    parameters: Sequence[nn.Parameter], lr: float, decay: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of wide layers, AdamW for the rest."""
+    wide = [p for p in parameters if suits(p)]
+    rest = [p for p in parameters if not suits(p)]
+    found: list[torch.optim.Optimizer] = adamw(rest, lr, decay) if rest else []
+    return [*found, Muon(wide, lr=lr, weight_decay=decay)] if wide else found
+
+
+#: What takes the steps, by the name that ``fit(optimizer=…)`` takes.
+OPTIMIZERS: dict[
+    str, Callable[[Sequence[nn.Parameter], float, float], list[torch.optim.Optimizer]]
+] = {"adamw": adamw, "muon": muon}
 
 
 def _norm(gradients: list[Tensor], like: Tensor) -> Tensor:

@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 import cnf
-from cnf.objectives import OBJECTIVES, Batch, FlowMatching, build_objective
+from cnf.objectives import (
+    OBJECTIVES,
+    Batch,
+    FlowMatching,
+    LateTimes,
+    UniformTimes,
+    build_objective,
+)
 from cnf.objectives.flow_matching import LEAST_TIMES
 from cnf.transforms import Chain, Continuous, Diagonal, Permutation
 
@@ -51,22 +58,25 @@ def log_normal(x):
     return -0.5 * ((x - MEAN) / SPREAD) ** 2 - math.log(SPREAD * math.sqrt(2 * math.pi))
 
 
-def test_the_closed_form_velocity_has_the_exact_density_and_the_least_loss():
+@pytest.mark.parametrize("times", [UniformTimes(), LateTimes(2.0)])
+def test_the_closed_form_velocity_has_the_exact_density_and_the_least_loss(times):
     flow = flow_of(GaussianVelocity(), solver=cnf.Solver(rtol=1e-7, atol=1e-7))
     x = torch.linspace(0, 3, 9, dtype=torch.float64).unsqueeze(-1)
     torch.testing.assert_close(flow.log_prob(x), log_normal(x).squeeze(-1), rtol=0, atol=1e-5)
     # what no field can explain is the spread of x - z given x_t: 1 + s² - (dσ_t/dt)²
-    t = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    t = times.quantile((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)
     sigma = ((1 - t) ** 2 + (SPREAD * t) ** 2).sqrt()
     least = (1 + SPREAD**2 - ((SPREAD**2 * t - (1 - t)) / sigma) ** 2).mean().item()
-    loss = FlowMatching(flow)(Batch(gaussian_data(50_000)), generator=generator())
+    objective = FlowMatching(flow, times=times)
+    loss = objective(Batch(gaussian_data(50_000)), generator=generator())
     assert loss.total.item() == pytest.approx(least, rel=0.02)
     assert loss.terms["velocity error"].item() == loss.total.item()
 
 
-def test_the_trained_solution_reproduces_the_exact_density():
+@pytest.mark.parametrize("times", ["uniform", "late"])
+def test_the_trained_solution_reproduces_the_exact_density(times):
     flow = flow_of(Polynomial(7))
-    objective, batch = FlowMatching(flow), Batch(gaussian_data(20_000))
+    objective, batch = FlowMatching(flow, times=times), Batch(gaussian_data(80_000))
     optimizer = torch.optim.LBFGS(flow.parameters(), max_iter=150, line_search_fn="strong_wolfe")
 
     def closure():
@@ -91,7 +101,7 @@ def test_a_batch_matches_the_formula_with_clock_and_scaling():
     noise = generator(3)
     z = torch.randn(16, 2, dtype=torch.float64, generator=noise)
     place = torch.randperm(16, generator=noise)
-    t = (place + torch.rand(16, dtype=torch.float64, generator=noise)) / 16
+    t = 1 - (1 - (place + torch.rand(16, dtype=torch.float64, generator=noise)) / 16) ** 2
     data = (x - x.mean(0)) / x.std(0, correction=0)
     at = z + t[:, None] * (data - z)
     error = 2 * field(2 * t, at) - (data - z)
@@ -124,6 +134,14 @@ def test_draws_repeat_the_rows():
         FlowMatching(flow, draws=0)
 
 
+def test_each_path_has_its_own_times():
+    flow = flow_of(GaussianVelocity())
+    assert FlowMatching(flow).times == LateTimes()
+    assert FlowMatching(flow, path="vp").times == UniformTimes()
+    assert FlowMatching(flow, times="uniform").times == UniformTimes()
+    assert FlowMatching(flow, path="vp", times=LateTimes(3.0)).times == LateTimes(3.0)
+
+
 def test_weights_are_normalised():
     flow = flow_of(GaussianVelocity())
     x = gaussian_data(8)
@@ -136,7 +154,7 @@ def test_weights_are_normalised():
 
 @pytest.mark.parametrize("path", ["linear", "vp"])
 @pytest.mark.parametrize("coupling", ["independent", "exact", "sinkhorn"])
-@pytest.mark.parametrize("times", ["uniform", "logit-normal"])
+@pytest.mark.parametrize("times", ["uniform", "late", "logit-normal"])
 def test_gradients_reach_every_parameter(path, coupling, times):
     flow = cnf.ffjord(3, hidden=(8, 8), context_features=2, trainable_end_time=True)
     objective = FlowMatching(flow, path=path, coupling=coupling, times=times)

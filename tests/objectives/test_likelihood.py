@@ -126,9 +126,10 @@ def test_objectives_bring_their_learning_rate_and_share():
     assert MaximumLikelihood(continuous).lr == 1e-2
     assert MaximumLikelihood(discrete).lr == 5e-3
     matching = build_objective("flow-matching", continuous)
-    assert (matching.lr, matching.share) == (2e-2, 1.5)
+    assert (matching.lr, matching.share, matching.optimizer) == (3e-2, 3.0, "muon")
+    assert MaximumLikelihood(continuous).optimizer == "adamw"
     x = torch.randn(100, 2)
     history = cnf.fit(
         continuous, x, objective=("flow-matching", "likelihood"), steps=9, batch_size=32
     )
-    assert history.stages == [("flow-matching", 0), ("likelihood", 5)]
+    assert history.stages == [("flow-matching", 0), ("likelihood", 7)]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cnf.objectives.paths import (
+    LateTimes,
     LinearPath,
     LogitNormalTimes,
     UniformTimes,
@@ -69,9 +70,21 @@ def test_logit_normal_times_have_their_moments():
     assert logit.std().item() == pytest.approx(2.0, abs=0.01)
 
 
+def test_late_times_have_their_density():
+    like = torch.empty(0, dtype=torch.float64)
+    t = LateTimes(3.0).draw(20_000, like, torch.Generator().manual_seed(0))
+    # P(T <= t) = 1 - (1 - t)^(1/3)
+    for place in (0.1, 0.5, 0.9, 0.999):
+        below = (t <= place).double().mean().item()
+        assert below == pytest.approx(1 - (1 - place) ** (1 / 3), abs=1e-4)
+    u = torch.linspace(0, 1, 11).double()
+    torch.testing.assert_close(LateTimes(1.0).quantile(u), UniformTimes().quantile(u))
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
+        (lambda: LateTimes(0.0), "power must be positive"),
         (lambda: LinearPath(1.0), r"sigma_min must lie in \[0, 1\)"),
         (lambda: VariancePreserving(0.0), "0 < beta_min <= beta_max"),
         (lambda: VariancePreserving(least=0.0), "least must lie between"),
@@ -87,6 +100,7 @@ def test_names():
     assert as_path("vp") == VariancePreserving()
     assert as_path(LinearPath(0.1)) == LinearPath(0.1)
     assert as_times("logit-normal") == LogitNormalTimes()
+    assert as_times("late") == LateTimes(2.0)
     with pytest.raises(UnknownNameError, match="Did you mean 'linear'"):
         as_path("linaer")
     with pytest.raises(UnknownNameError, match="distribution of times"):
