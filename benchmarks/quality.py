@@ -82,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--others", type=float, help="for how long the rest, if not as long")
     parser.add_argument("--recipes", nargs="+", choices=OURS, default=[*OURS], help="of ours")
     parser.add_argument("--budgets", type=float, nargs="+", help="what our trainings are given")
+    parser.add_argument("--alone", action="store_true", help="ours only, in a file of its own")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for results")
 
 
@@ -96,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
             curves[OURS[recipe]] = list(
                 ours(recipe, data, options.budgets or plan.budgets, goals[-1])
             )
-        for name, build in peers().items():
+        for name, build in () if options.alone else peers().items():
             limit = seconds if name == FFJORD else options.others or seconds
             curves[name] = list(trained(name, build(), data, limit, goals[-1]))
         rows = [_row(name, curve, goals) for name, curve in curves.items()]
@@ -115,7 +116,8 @@ def run(options: argparse.Namespace) -> None:
             harness.table(f"{target}: seconds to quality", rows, note),
             harness.table(f"{target}: gap in nats over time", points),
         ]
-        harness.write(f"quality-{target}", tables, options.out)
+        name = f"quality-{target}{'-ours' if options.alone else ''}"
+        harness.write(name, tables, options.out)
 
 
 Curve = list[tuple[float, int, float]]

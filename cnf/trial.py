@@ -248,7 +248,7 @@ def _recommended(name: str, features: int) -> dict[str, Any]:
     """Arguments that go with a way of training, unless they are given."""
     if name.partition("+")[2] != "fm":
         return {}
-    # at training's tolerance the steps' gradient is about as exact as the adjoint's, and cheaper;
+    # at training's tolerance the steps' gradient is exact enough, and cheaper than the adjoint's;
     # after flow matching paths bend, and in the plane, where a divergence is cheap, quadrature's
     # shorter steps cost training more than they save
     return {"solver": Solver(gradient="checkpoint", quadrature=False if features <= 2 else None)}
