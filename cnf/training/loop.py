@@ -131,6 +131,8 @@ def fit(
     if len(shares) != len(objectives):
         raise ValueError(f"shares must have one entry per objective: {len(objectives)}")
     budget.check(steps, seconds, shares)
+    # the first objective's goes on in those that follow: it suits the weights that it has made
+    optimizer = optimizer or objectives[0][1].optimizer
     settings = Settings(
         shares=tuple(shares),
         steps=steps,
@@ -164,7 +166,7 @@ def fit(
         "weighting of rows": rows.weight is not None,
         "batch size": order.size,
         "sequence of objectives": [name for name, _ in objectives],
-        "optimizer": optimizer or objectives[0][1].optimizer,
+        "optimizer": optimizer,
     }
     folder = None if out is None else Path(out)
     saved = checkpoint.read(folder) if resume and folder is not None else None

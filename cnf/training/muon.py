@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-LEAST = 8  # rows and columns; of narrower matrices AdamW knows each entry as well
+LEAST = 8  # rows and columns: narrower matrices have few directions to level
 ITERATIONS = 5
 # of Newton and Schulz's iteration, chosen by Jordan for a steep start: it ends between 0.7 and 1.2
 LINEAR, CUBIC, QUINTIC = 3.4445, -4.7750, 2.0315
@@ -51,7 +50,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """Move every matrix that has a gradient."""
         for group in self.param_groups:
             alike: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}

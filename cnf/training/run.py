@@ -48,7 +48,7 @@ class Settings:
     shares: tuple[float, ...]
     steps: int | None
     seconds: float | None
-    optimizer: str | None
+    optimizer: str
     lr: float | None
     weight_decay: float
     warmup: float
@@ -60,7 +60,7 @@ class Settings:
     on_failure: str
 
     def __post_init__(self) -> None:
-        if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
+        if self.optimizer not in OPTIMIZERS:
             raise unknown_name("optimizer", self.optimizer, OPTIMIZERS)
         if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
@@ -193,8 +193,7 @@ class Run:
         )
         updater = Updater(
             objective,
-            # what an objective began with goes on: it suits the weights that it has made
-            optimizer=settings.optimizer or self.objectives[0][1].optimizer,
+            optimizer=settings.optimizer,
             lr=objective.lr if settings.lr is None else settings.lr,
             weight_decay=settings.weight_decay,
             clip=settings.clip,
