@@ -8,13 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import cnf
 from benchmarks import harness
-from benchmarks.tabular import DATA
+from benchmarks.tabular import DATA, parts_of
 from cnf.trial import split
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -41,13 +40,9 @@ def run(options: argparse.Namespace) -> None:
     for target in options.targets:
         data = split(cnf.data.toy(target), test_size=options.scored)
         truth = float(data.truth.mean())
-        _race(rows, f"{target}, gap", (data.train, data.validation, data.test), truth, options)
-    for name, file in DATA.items() if options.tables else ():
-        with np.load(options.tables / file) as arrays:
-            parts = tuple(
-                torch.from_numpy(arrays[part]).float() for part in ("train", "val", "test")
-            )
-        _race(rows, f"{name}, nll", parts, 0.0, options)
+        _race(rows, f"{target}, gap", [data.train, data.validation, data.test], truth, options)
+    for name in DATA if options.tables else ():
+        _race(rows, f"{name}, nll", parts_of(name, options.tables), 0.0, options)
     note = (
         f"FFJORD (64-64-64) after {options.steps:,} steps of flow matching, 512 rows each with two "
         f"base samples: nats by which the truth lies above, or minus the log-density, of at most "
@@ -60,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
 def _race(
     rows: list[dict[str, Any]],
     title: str,
-    parts: tuple[Tensor, ...],
+    parts: list[Tensor],
     truth: float,
     options: argparse.Namespace,
 ) -> None:

@@ -49,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def parts_of(name: str, folder: Path) -> list[Tensor]:
+    """A table's rows to train on, to validate on and to test on."""
+    with np.load(folder / DATA[name]) as arrays:
+        return [torch.from_numpy(arrays[key]).float() for key in ("train", "val", "test")]
+
+
 def run(options: argparse.Namespace) -> None:
     """Train every family of every package on every table, and write what they reach."""
     file = options.out / "tabular.json"
@@ -59,8 +65,7 @@ def run(options: argparse.Namespace) -> None:
     for seed, name, family in itertools.product(
         range(options.seeds), options.tables, options.families
     ):
-        with np.load(options.folder / DATA[name]) as arrays:
-            parts = [torch.from_numpy(arrays[key]).float() for key in ("train", "val", "test")]
+        parts = parts_of(name, options.folder)
         spec = Spec(family, parts[0].shape[1], LAYERS, BINS, linear=True)
         for package in options.packages:
             key = f"{name}, {family}, {package}"

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import json
 import math
 import time
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -16,7 +14,7 @@ from cnf.flow import Flow
 from cnf.models import ffjord
 from cnf.objectives import FlowMatching, Loss, MaximumLikelihood, Objective
 from cnf.ode import NonFiniteState
-from cnf.training import History, TrainingError, fit
+from cnf.training import History, TrainingError, checkpoint, fit
 from cnf.training.averaging import Average
 from cnf.transforms.base import Mapped, Transform
 
@@ -645,11 +643,8 @@ def test_steps_that_are_enough_do_not_limit_what_a_time_validates_on(tmp_path):
             out=tmp_path,
             **budget,
         )
-        return json.loads(state(tmp_path))["validation_rows"]
-
-    def state(folder):
-        with safe_open(folder / "checkpoint.safetensors", framework="pt") as file:
-            return file.metadata()["state"]
+        _, state = checkpoint.read(tmp_path)
+        return state["validation_rows"]
 
     assert rows(seconds=0.5) == 1000
     assert rows(steps=20) == 256
