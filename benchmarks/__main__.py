@@ -23,7 +23,8 @@ COMMANDS = {
     "rnode": "what path costs save in evaluations, and their price",
     "accuracy": "numerical accuracy of trained flows",
     "roundtrip": "x to z and back through every model after fitting moons",
-    "tanh": "the activation of compiled steps, beside a product",
+    "tanh": "the activation of continuous flows, beside a product",
+    "products": "a layer of few inputs, by torch's products and by ours",
     "table": "fit, score and sample a CSV of 5,000 x 6",
 }
 """Each is a module of this package with ``add_arguments(parser)`` and ``run(options)``."""

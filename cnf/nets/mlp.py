@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear as apply_linear
 
 from cnf.nets.activations import activation as make_activation
+from cnf.nets.products import linear
 
 
 class MLP(nn.Module):
@@ -80,13 +80,13 @@ class MLP(nn.Module):
         layers: list[nn.Linear] = [*self.layers]
         last = len(layers) - 1
 
-        def linear(index: int, value: Tensor) -> Tensor:
-            layer = layers[index]
+        def layer(index: int, value: Tensor) -> Tensor:
+            weight, bias = layers[index].weight, layers[index].bias
             if index < last or not side_by_side(self.size):
-                return layer(value)
-            return by_parameter(value, layer.weight, layer.bias, self.size)
+                return linear(value, weight, bias)
+            return by_parameter(value, weight, bias, self.size)
 
-        return wire(x, linear, len(layers), self.activation, self.residual)
+        return wire(x, layer, len(layers), self.activation, self.residual)
 
 
 def layer_widths(inputs: int, hidden: Sequence[int], outputs: int, residual: bool) -> list[int]:
@@ -144,7 +144,7 @@ def by_parameter(value: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tens
     """
     weight = weight.unflatten(0, (-1, size)).transpose(0, 1).flatten(0, 1)
     bias = bias.unflatten(0, (-1, size)).t().flatten()
-    return apply_linear(value, weight, bias).unflatten(-1, (size, -1)).mT
+    return linear(value, weight, bias).unflatten(-1, (size, -1)).mT
 
 
 def required(context: Tensor | None, features: int) -> Tensor:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from cnf.nets.products import linear
 from cnf.nets.smooth import SMOOTH
 
 FEW = 4  # tangents that are summed one by one
@@ -134,14 +134,15 @@ class _Fused(torch.autograd.Function):
                 flat = grad.flatten(0, 1)
                 weight_grads.append(flat.t() @ after[i - 1].flatten(0, 1))
                 grad = torch.mm(flat, weight).view(*grad.shape[:2], -1)
-        of_first = grad[0].t() @ x
+        # the transposes of products with as few columns as x has, which are slow
+        of_first = (x.t() @ grad[0]).t()
         if tangents is None:
             of_first += grad[1:].sum(1).t()
         else:
-            of_first += grad[1:].flatten(0, 1).t() @ tangents.flatten(0, 1)
+            of_first += (tangents.flatten(0, 1).t() @ grad[1:].flatten(0, 1)).t()
         weight_grads.append(of_first)
         layers = (*reversed(weight_grads), *reversed(shift_grads))
-        return None, None, grad[0] @ weights[0], None, *layers
+        return None, None, (weights[0].t() @ grad[0].t()).t(), None, *layers
 
 
 def _again(

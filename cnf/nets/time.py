@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cnf.nets.products import linear
+
 
 class Affine(NamedTuple):
     """A layer at given times: x ↦ gate ⊙ (x Wᵀ) + shift; no gate is a gate of ones.
@@ -32,16 +34,16 @@ class Affine(NamedTuple):
     def apply(self, x: Tensor) -> Tensor:
         """Map points."""
         if self.gate is None and self.weight.dim() == 2 and self.shift.dim() == 1:
-            return nn.functional.linear(x, self.weight, self.shift)
+            return linear(x, self.weight, self.shift)
         if self.gate is not None and self.weight.dim() == 2:
             # one pass over the batch instead of two
-            return torch.addcmul(self.shift, nn.functional.linear(x, self.weight), self.gate)
+            return torch.addcmul(self.shift, linear(x, self.weight), self.gate)
         return self.linear(x) + self.shift
 
     def linear(self, u: Tensor) -> Tensor:
         """Map tangents: the same without the shift."""
         if self.weight.dim() == 2:
-            u = nn.functional.linear(u, self.weight)
+            u = linear(u, self.weight)
         else:
             u = (self.weight @ u.unsqueeze(-1)).squeeze(-1)
         return u if self.gate is None else u * self.gate

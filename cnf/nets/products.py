@@ -1,0 +1,37 @@
+"""Products with matrices of few columns, in the orientation that BLAS is fast in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as apply_linear
+
+# Columns below which a product can take several times as long as its transpose; MKL's did from 2
+# to 8 columns (`python -m benchmarks products`), one column being a matter of its own.
+FEW = 10
+# Rows from which that is more than what choosing the other orientation costs.
+MANY = 256
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The linear map x Wᵀ + b, whose gradients are products as fast as itself.
+
+    Args:
+        x: ``(*batch, inputs)``.
+        weight: ``(outputs, inputs)``.
+        bias: ``(outputs,)``.
+
+    Returns:
+        ``(*batch, outputs)``.
+
+    Example:
+        >>> import torch
+        >>> linear(torch.ones(5, 2), torch.ones(3, 2)).shape
+        torch.Size([5, 3])
+    """
+    inputs = weight.shape[1]
+    few = 1 < inputs < FEW and torch.is_grad_enabled()
+    if few and (torch.compiler.is_compiling() or x.numel() >= MANY * inputs):
+        # torch derives the gradients' orientations from how the weight lies in memory
+        weight = weight.t().contiguous().t()
+    return apply_linear(x, weight, bias)
