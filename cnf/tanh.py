@@ -1,23 +1,35 @@
-"""The hyperbolic tangent, for code that may be compiled."""
+"""The hyperbolic tangent, the fast way."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from cnf.arrays import fits_arrays
+
 
 def quick_tanh(h: Tensor) -> Tensor:
-    """Tanh; in compiled float32 code on CPU a rational function within 4e-7 of its size.
+    """Tanh, as fast as the CPU lets it be.
+
+    In compiled float32 code a rational function within 4e-7 of its size; where no gradient is
+    wanted NumPy's, because torch's takes six times as long on processors that are not Intel's.
 
     >>> quick_tanh(torch.tensor([0.0, 1.0]))
     tensor([0.0000, 0.7616])
     """
     # the compiler's own tanh takes longer than a product with a 64 x 64 matrix
     rational = torch.compiler.is_compiling() and h.dtype == torch.float32 and h.device.type == "cpu"
-    return _RationalTanh.apply(h) if rational else torch.tanh(h)
+    if rational:
+        return _RationalTanh.apply(h)
+    # torch starts as fast on fewer numbers, and spreads more of them over its threads
+    alone = h.numel() <= 1 << 15 or torch.get_num_threads() <= 2
+    if h.numel() >= 1 << 11 and alone and fits_arrays(h):
+        return torch.from_numpy(np.tanh(h.numpy()))
+    return torch.tanh(h)
 
 
 class _RationalTanh(torch.autograd.Function):
