@@ -95,8 +95,8 @@ class VariancePreserving(Path):
 
     Example:
         >>> point = VariancePreserving().at(torch.tensor([0.5]))
-        >>> point.base**2 + point.data**2
-        tensor([1.])
+        >>> round((point.base**2 + point.data**2).item(), 5)
+        1.0
     """
 
     beta_min: float = 0.1
