@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from cnf.arrays import Array
 from cnf.bijections.base import Pair, ScalarMap
 from cnf.registry import record
 from cnf.tanh import quick_tanh
@@ -86,31 +88,53 @@ class Affine(ScalarMap):
         """A shift and a raw scale."""
         return 2
 
-    def log_scale(self, raw: Tensor) -> Tensor:
-        """The log-scale s(r) in nats, shaped like r."""
+    def log_scale(self, raw: Tensor, sign: int = 1) -> Tensor:
+        """The log-scale s(r) in nats, shaped like r; or −s(r)."""
+        if self.scale == "tanh" and self.bound is not None:
+            return sign * self.bound * quick_tanh(raw / self.bound)
         if self.scale == "sigmoid":
-            return torch.log(torch.sigmoid(raw + 2) + 1e-3)
-        if self.scale == "softplus":
-            return torch.log(softplus(raw) + 1e-3)
-        if self.bound is None:
-            return raw
-        return soft_bound(raw, self.bound, self.scale)
+            raw = torch.log(torch.sigmoid(raw + 2) + 1e-3)
+        elif self.scale == "softplus":
+            raw = torch.log(softplus(raw) + 1e-3)
+        elif self.bound is not None:
+            raw = soft_bound(raw, self.bound, self.scale)
+        return raw if sign > 0 else -raw
 
     def forward(self, z: Tensor, parameters: Tensor) -> Pair:
         """z·exp(s) + b."""
         self.check(parameters)
-        shift, raw = parameters.unbind(-1)
+        shift, raw = _split(parameters)
         log_scale = self.log_scale(raw)
         x = torch.addcmul(shift, z, torch.exp(log_scale))
-        return x, log_scale.expand_as(x)
+        return x, _like(log_scale, x)
+
+    def forward_array(self, z: Array, parameters: Array) -> tuple[Array, Array]:
+        """z·exp(s) + b, without a gradient."""
+        if self.scale != "tanh":
+            return super().forward_array(z, parameters)
+        shift, log_scale = parameters[..., 0], parameters[..., 1]
+        if self.bound is not None:
+            log_scale = self.bound * np.tanh(log_scale / self.bound)
+        return z * np.exp(log_scale) + shift, log_scale
 
     def inverse(self, x: Tensor, parameters: Tensor) -> Pair:
         """(x − b)·exp(−s)."""
         self.check(parameters)
-        shift, raw = parameters.unbind(-1)
-        log_derivative = -self.log_scale(raw)
+        shift, raw = _split(parameters)
+        log_derivative = self.log_scale(raw, sign=-1)
         z = (x - shift) * torch.exp(log_derivative)
-        return z, log_derivative.expand_as(z)
+        return z, _like(log_derivative, z)
+
+
+def _split(parameters: Tensor) -> tuple[Tensor, ...]:
+    """Each parameter for itself."""
+    # compiled networks keep those of a kind side by side, and so their gradients go back
+    together = parameters.dim() > 1 and torch.compiler.is_compiling()
+    return parameters.mT.unbind(-2) if together else parameters.unbind(-1)
+
+
+def _like(values: Tensor, other: Tensor) -> Tensor:
+    return values if values.shape == other.shape else values.expand_as(other)
 
 
 def soft_bound(raw: Tensor, bound: float, form: str = "tanh") -> Tensor:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear as apply_linear
 
+from cnf.arrays import Array, fits_arrays
 from cnf.nets.activations import activation as make_activation
+from cnf.nets.growing import Growing, GrowingArray, of_arrays
 from cnf.nets.mlp import by_parameter, layer_widths, required, side_by_side, wire
+from cnf.nets.products import linear
 
 
 class MaskedLinear(nn.Linear):
@@ -40,64 +44,7 @@ class MaskedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
-        return apply_linear(x, self.masked_weight, self.bias)
-
-
-class _Growing:
-    """A linear layer of which some inputs come in at each level, and then some units are known.
-
-    Units are rows, so that those of a level lie side by side.
-
-    Args:
-        weight: ``(units, inputs)``, both sorted by level.
-        bias: ``(units, batch or 1)``.
-        units: how many units are known after each level.
-        inputs: how many inputs come in at each level.
-        batch: how many samples there are.
-    """
-
-    def __init__(
-        self, weight: Tensor, bias: Tensor, units: list[int], inputs: list[int], batch: int
-    ):
-        self.units, self.inputs = units, inputs
-        self.weights, self.biases = (rows.split_with_sizes(units) for rows in (weight, bias))
-        self.known = weight.new_empty(0, batch)
-
-    def __call__(self, level: int, new: Tensor) -> Tensor:
-        """Take a level's inputs ``(n, batch)`` and return its units."""
-        if self.inputs[level]:
-            self.known = torch.cat([self.known, new])
-        if not self.units[level]:
-            return new[:0]
-        weight = self.weights[level][:, : len(self.known)]
-        return torch.addmm(self.biases[level], weight, self.known)
-
-
-class _Filling(_Growing):
-    """The same in place, several times faster where nothing has to be kept for a gradient.
-
-    Inputs that are not known yet are zeros, as their weights are: to multiply by all of them costs
-    less than to cut out those that are known.
-    """
-
-    def __init__(
-        self, weight: Tensor, bias: Tensor, units: list[int], inputs: list[int], batch: int
-    ):
-        super().__init__(weight, bias.expand(-1, batch).clone(), units, inputs, batch)
-        self.known = weight.new_zeros(sum(inputs), batch)
-        self.places = self.known.split_with_sizes(inputs)
-        self.empty = True
-
-    def __call__(self, level: int, new: Tensor) -> Tensor:
-        """Take a level's inputs ``(n, batch)`` and return its units."""
-        if self.inputs[level]:
-            self.places[level].copy_(new)
-            self.empty = False
-        if not self.units[level]:
-            return new[:0]
-        if self.empty:
-            return self.biases[level]
-        return self.biases[level].addmm_(self.weights[level], self.known)
+        return linear(x, self.masked_weight, self.bias)
 
 
 class MADE(nn.Module):
@@ -221,14 +168,17 @@ class MADE(nn.Module):
         layers: list[MaskedLinear] = [*self.layers]
         last = len(layers) - 1
 
-        def linear(index: int, value: Tensor) -> Tensor:
+        def apply(index: int, value: Tensor) -> Tensor:
             layer = layers[index]
-            value = self._ending(layer, value) if index == last else layer(value)
+            if index == last:
+                value = self._ending(layer, value)
+            else:
+                value = linear(value, layer.masked_weight, layer.bias)
             if index or shift is None:
                 return value
             return value + (shift.unflatten(-1, value.shape[-2:]) if last == 0 else shift)
 
-        result = wire(x, linear, len(layers), self.activation, self.residual)
+        result = wire(x, apply, len(layers), self.activation, self.residual)
         return result if self.direct is None else result + self._ending(self.direct, x)
 
     def autoregress(
@@ -236,6 +186,7 @@ class MADE(nn.Module):
         step: Callable[[Tensor, Tensor], Tensor],
         z: Tensor,
         context: Tensor | None = None,
+        array_step: Callable[[Array, Array], Array] | None = None,
     ) -> Tensor:
         """Find the values that agree with their own outputs, first features first.
 
@@ -244,10 +195,12 @@ class MADE(nn.Module):
         ``step`` and the network depend on.
 
         Args:
-            step: called with the part ``(*batch, n)`` of z that comes next and the outputs for it
-                ``(*batch, n, outputs)``; returns the values there ``(*batch, n)``.
+            step: called with the rows ``(n, batch)`` of z that come next and the outputs for them
+                ``(n, batch, outputs)``; returns the values there ``(n, batch)``.
             z: what the values are computed from, ``(*batch, features)``.
             context: ``(*batch, context_features)``.
+            array_step: the same for arrays of NumPy. Where no gradient is wanted on a CPU, the
+                network is then computed in arrays, too, which takes a fraction of the time.
 
         Returns:
             ``(*batch, features)``.
@@ -260,76 +213,108 @@ class MADE(nn.Module):
             >>> torch.allclose(x, z + made(x)[..., 0], atol=1e-5)
             True
         """
-        shape, batch = z.shape[:-1], math.prod(z.shape[:-1])
-        layers = self._levels(context, batch)
-        ordered = z if self._natural else z.index_select(-1, self.order)
-        parts = ordered.split_with_sizes(self._counts, -1)
-        values: list[Tensor] = []
-        new = z.new_empty(0, batch)
-        for level, part in enumerate(parts):
-            result = self._advance(layers, level, new)
-            values.append(step(part, result.t().reshape(*part.shape, self.outputs)))
-            columns = self._columns(values[-1])
-            new = columns.reshape(batch, columns.shape[-1]).t()
-        found = torch.cat(values, -1)
+        rows = z.reshape(math.prod(z.shape[:-1]), self.features).t()
         if not self._natural:
-            found = found.index_select(-1, self.place)
-        return found.reshape(*shape, self.features)
+            rows = rows.index_select(0, self.order)
+        given = [z] if context is None else [z, context]
+        if array_step is not None and fits_arrays(*given, *self.parameters()):
+            arrays = self._growing_arrays(context, rows.shape[1])
+            with np.errstate(all="ignore"):  # torch does not warn of infinities either
+                found = self._grow(array_step, rows.contiguous().numpy(), arrays)
+            rows = torch.from_numpy(np.concatenate(found))
+        else:
+            layers = self._growing(context, rows.shape[1])
+            rows = torch.cat(self._grow(step, rows.contiguous(), layers))
+        if not self._natural:
+            rows = rows.index_select(0, self.place)
+        return rows.t().contiguous().view(z.shape)
 
     def extra_repr(self) -> str:
         """Sizes, and the number of steps that ``autoregress`` takes."""
         return f"features={self.features}, outputs={self.outputs}, passes={len(self._counts)}"
 
-    def _advance(self, layers: list[_Growing], level: int, new: Tensor) -> Tensor:
-        """The outputs that come next ``(n · outputs, batch)``, now that ``new`` values are known.
+    def _grow(self, step: Callable[[Any, Any], Any], rows: Any, layers: list[Any]) -> list[Any]:
+        """The values of each level, all tensors or all arrays.
 
         Args:
-            layers: as of the level before.
-            level: which features come next.
-            new: values of the features of the level before, ``(n, batch)``.
+            step: as in ``autoregress``.
+            rows: of z, in order.
+            layers: the direct one last.
         """
-        result = wire(
-            new,
-            lambda index, value: layers[index](level, value),
-            len(self.layers),
-            self.activation,
-            self.residual,
-        )
-        return result if self.direct is None else result + layers[-1](level, new)
+        batch = rows.shape[1]
+        tensors = isinstance(rows, Tensor)
+        activate: Any = self.activation if tensors else of_arrays(self.activation)
+        found: list[Any] = []
+        new, first = rows[:0], 0
+        depth = len(self.layers)
 
-    def _levels(self, context: Tensor | None, batch: int) -> list[_Growing]:
+        def grow(index: int, value: Any) -> Any:
+            return layers[index](level, value)
+
+        for level in range(len(self._counts)):
+            count = self._counts[level]
+            result = wire(new, grow, depth, activate, self.residual)
+            if depth < len(layers):
+                result = result + grow(depth, new)
+            outputs = result.reshape(count, self.outputs, batch).swapaxes(1, 2)
+            found.append(step(rows[first : first + count], outputs))
+            first += count
+            new = self._column_rows(found[-1])
+        return found
+
+    def _growing(self, context: Tensor | None, batch: int) -> list[Growing]:
         """The layers, the direct one last, with their units sorted by when they become known."""
-        layers = [*self.layers] if self.direct is None else [*self.layers, self.direct]
         shift = self._context_shift(context)
-        last = len(self.layers) - 1
-        # views that are written through do not survive where a compiler cuts its graph
-        in_place = not torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling()
-        kind = _Filling if in_place else _Growing
-        # a level takes the features of the level before
-        inputs = 1 if self.period is None else 2
-        features = [0, *(inputs * count for count in self._counts[:-1])]
-        levels = []
-        for index, (layer, rows) in enumerate(zip(layers, self._rows, strict=False)):
-            weight, bias = layer.masked_weight, layer.bias.unsqueeze(1)
+        layers = []
+        for index, layer in enumerate(self._all_layers):
+            weight, inputs = self._columns_by_level(index)
+            bias = layer.bias.unsqueeze(1)
             if index == 0 and shift is not None:
                 bias = bias + shift.reshape(batch, layer.out_features).t()
-            takes_features = index in (0, last + 1)
-            if takes_features:
-                weight = self._sorted(weight.t(), inputs).t()
-                # the last level's values feed nothing
-                weight = weight[:, : sum(features)]
-            if index >= last:
-                weight = self._sorted(weight, self.outputs)
-                bias = self._sorted(bias, self.outputs)
-            counts = features if takes_features else self._rows[index - 1]
-            levels.append(kind(weight, bias, rows, counts, batch))
-        return levels
+            weight, bias = (self._rows_by_level(index, rows) for rows in (weight, bias))
+            layers.append(Growing(weight, bias, self._rows[index], inputs, batch))
+        return layers
+
+    def _growing_arrays(self, context: Tensor | None, batch: int) -> list[GrowingArray]:
+        """The same layers for arrays."""
+        ones = np.ones((1, batch), self._all_layers[0].bias.numpy().dtype)
+        layers = []
+        for index, layer in enumerate(self._all_layers):
+            weight, inputs = self._columns_by_level(index)
+            head, weights = ones, [layer.bias.unsqueeze(1), weight]
+            if index == 0 and self.context_layer is not None:
+                seen = required(context, self.context_features).numpy()
+                head = np.concatenate([ones, seen.reshape(batch, self.context_features).T])
+                weights.insert(1, self.context_layer.weight)
+            weight = self._rows_by_level(index, torch.cat(weights, 1))
+            layers.append(GrowingArray(weight.numpy(), head, self._rows[index], inputs))
+        return layers
+
+    @property
+    def _all_layers(self) -> list[MaskedLinear]:
+        """The layers, the direct one last."""
+        return [*self.layers] if self.direct is None else [*self.layers, self.direct]
+
+    def _columns_by_level(self, index: int) -> tuple[Tensor, list[int]]:
+        """A layer's masked weight, columns sorted, and how many of them come in at each level."""
+        weight = self._all_layers[index].masked_weight
+        if 0 < index < len(self.layers):
+            return weight, self._rows[index - 1]
+        size = 1 if self.period is None else 2
+        # a level takes the features of the level before; what the last one finds feeds nothing
+        inputs = [0, *(size * count for count in self._counts[:-1])]
+        return self._sorted(weight.t(), size).t()[:, : sum(inputs)], inputs
+
+    def _rows_by_level(self, index: int, rows: Tensor) -> Tensor:
+        """Rows for a layer's units, sorted by when they become known."""
+        return rows if index < len(self.layers) - 1 else self._sorted(rows, self.outputs)
 
     def _ending(self, layer: MaskedLinear, value: Tensor) -> Tensor:
         """The outputs of a layer that ends in them, ``(*batch, features, outputs)``."""
         if side_by_side(self.outputs):
             return by_parameter(value, layer.masked_weight, layer.bias, self.outputs)
-        return layer(value).unflatten(-1, (self.features, self.outputs))
+        value = linear(value, layer.masked_weight, layer.bias)
+        return value.view(*value.shape[:-1], self.features, self.outputs)
 
     def _columns(self, x: Tensor) -> Tensor:
         """What the first layer sees of features: themselves, or each one's cosine and sine."""
@@ -337,6 +322,14 @@ class MADE(nn.Module):
             return x
         angle = x * (2 * math.pi / self.period)
         return torch.stack([torch.cos(angle), torch.sin(angle)], -1).flatten(-2)
+
+    def _column_rows(self, values: Any) -> Any:
+        """``_columns`` of rows, a tensor or an array."""
+        if self.period is None:
+            return values
+        if isinstance(values, Tensor):
+            return self._columns(values.t()).t()
+        return self._columns(torch.from_numpy(values).t()).t().numpy()
 
     def _sorted(self, rows: Tensor, size: int) -> Tensor:
         """Rows ``(features · size, n)`` with the features in order."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,15 +52,25 @@ class Autoregressive(Transform):
     ) -> Mapped:
         """Map z to x, feature by feature."""
         self._check(z)
-        terms: list[Tensor] = []
+        terms: list[Any] = []
 
-        def step(part: Tensor, parameters: Tensor) -> Tensor:
-            value, term = self.scalar_map.forward(part, parameters)
-            terms.append(term)
-            return value
+        def keeping(function: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], Any]:
+            def step(part: Any, parameters: Any) -> Any:
+                value, term = function(part, parameters)
+                terms.append(term)
+                return value
 
-        x = self.made.autoregress(step, z, context)
-        return Mapped(x, torch.cat(terms, -1).sum(-1), {})
+            return step
+
+        scalar_map = self.scalar_map
+        x = self.made.autoregress(
+            keeping(scalar_map.forward), z, context, keeping(scalar_map.forward_array)
+        )
+        batch = z.shape[:-1]
+        if request is not None and not request.log_det:
+            return Mapped(x, x.new_full(batch, math.nan), {})
+        rows = [torch.as_tensor(term) for term in terms]
+        return Mapped(x, torch.cat(rows).sum(0).view(batch), {})
 
     def inverse(
         self, x: Tensor, context: Tensor | None = None, request: Request | None = None

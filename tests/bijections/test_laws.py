@@ -293,6 +293,17 @@ def test_not_a_number_stays_one(scalar_map):
         assert mapped.isnan().tolist() == [True, False]
 
 
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_arrays_are_mapped_alike(scalar_map, dtype):
+    value = start(scalar_map, "forward", 50, dtype)
+    parameters = numbers(scalar_map, (50,), dtype)
+    expected = scalar_map.forward(value, parameters)
+    found = scalar_map.forward_array(value.numpy(), parameters.numpy())
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(one), other)
+
+
 def test_functorch_and_compile():
     spline = RationalQuadratic(bins=4)
     value = draw(spline.domain, 7, torch.float64)

@@ -49,6 +49,10 @@ def affine(z, parameters):
     return z * parameters[..., 0].tanh().exp() + parameters[..., 1]
 
 
+def affine_array(z, parameters):
+    return affine(torch.from_numpy(z), torch.from_numpy(parameters)).numpy()
+
+
 @pytest.mark.parametrize("kwargs", structures())
 @pytest.mark.parametrize("context_features", [0, 2])
 def test_outputs_depend_on_exactly_what_they_should(kwargs, context_features):
@@ -67,24 +71,47 @@ def test_outputs_depend_on_exactly_what_they_should(kwargs, context_features):
 
 @pytest.mark.parametrize("kwargs", structures())
 @pytest.mark.parametrize("context_features", [0, 2])
-@pytest.mark.parametrize("grad", [True, False])
-def test_the_incremental_direction_agrees_with_the_parallel_one(kwargs, context_features, grad):
+@pytest.mark.parametrize("array_step", [None, affine_array])
+def test_the_incremental_direction_agrees_with_the_parallel_one(
+    kwargs, context_features, array_step
+):
     made = build(context_features=context_features, **kwargs)
     for batch in [(), (5,), (2, 3), (0,), (0, 3)]:
         z = torch.randn(*batch, 5).double()
         context = torch.randn(*batch, context_features).double() if context_features else None
-        with torch.set_grad_enabled(grad):
-            x = made.autoregress(affine, z, context)
+        with torch.set_grad_enabled(array_step is None):
+            x = made.autoregress(affine, z, context, array_step)
         assert x.shape == z.shape
         torch.testing.assert_close(x, affine(z, made(x, context)), atol=1e-13, rtol=1e-13)
 
 
-def test_float32_agrees_to_rounding():
-    made = MADE(43, 2, zero_last=False)
+@pytest.mark.parametrize("activation", ["relu", "tanh", "silu"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_float32_agrees_to_rounding(activation, grad):
+    made = MADE(43, 2, zero_last=False, activation=activation)
     z = torch.randn(64, 43)
-    x = made.autoregress(affine, z)
+    with torch.set_grad_enabled(grad):
+        x = made.autoregress(affine, z, array_step=affine_array)
     assert x.dtype == torch.float32
+    assert x.is_contiguous()
     torch.testing.assert_close(x, affine(z, made(x)), atol=1e-5, rtol=1e-5)
+
+
+def test_arrays_stand_in_only_where_they_can():
+    made = MADE(3, 2, zero_last=False)
+    z = torch.randn(5, 3)
+
+    def never(z, parameters):
+        raise AssertionError("not here")
+
+    expected = made.autoregress(affine, z, array_step=never)
+    with torch.no_grad():
+        mapped = torch.func.vmap(lambda z: made.autoregress(affine, z, array_step=never))
+        torch.testing.assert_close(mapped(z[None])[0], expected)
+        with pytest.raises(RuntimeError, match="dtype"):
+            made.autoregress(affine, z.double(), array_step=never)
+        half = made.bfloat16().autoregress(affine, z.bfloat16(), array_step=never)
+        torch.testing.assert_close(half.float(), expected, atol=0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize("kwargs", structures([(2, 7), (8, 8)]))
