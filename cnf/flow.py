@@ -155,9 +155,7 @@ class Flow(nn.Module):
         x, context = self._broadcast(x, context)
 
         def score(x: Tensor, context: Tensor | None) -> dict[str, Tensor]:
-            seen = self._seen(context)
-            z, log_det, costs = self._inverse(x, seen, request)
-            log_prob = self.base.log_prob(z, seen) + log_det
+            z, log_prob, costs = self._score(x, self._seen(context), request)
             return {"log_prob": log_prob, "z": z, **{f"cost {k}": v for k, v in costs.items()}}
 
         parts = self._in_chunks(score, x, context, chunk)
@@ -294,11 +292,19 @@ class Flow(nn.Module):
 
     # ---- the two directions ----------------------------------------------------------------
 
+    def _score(self, x: Tensor, seen: Tensor | None, request: Request | None) -> Mapped:
+        return self._compiled.get("score", self._run_score)(x, seen, request)
+
     def _inverse(self, x: Tensor, seen: Tensor | None, request: Request | None) -> Mapped:
         return self._compiled.get("inverse", self._run_inverse)(x, seen, request)
 
     def _forward(self, z: Tensor, seen: Tensor | None, request: Request | None) -> Mapped:
         return self._compiled.get("forward", self._run_forward)(z, seen, request)
+
+    def _run_score(self, x: Tensor, seen: Tensor | None, request: Request | None) -> Mapped:
+        """The inverse, with the log-density in place of the log-determinant."""
+        z, log_det, costs = self._run_inverse(x, seen, request)
+        return Mapped(z, self.base.log_prob(z, seen) + log_det, costs)
 
     def _run_inverse(self, x: Tensor, seen: Tensor | None, request: Request | None) -> Mapped:
         return compose(x, (self.scaling.inverse, self.transform.inverse), seen, request)
@@ -442,9 +448,10 @@ class Flow(nn.Module):
         for block in self.modules():
             if isinstance(block, Continuous) and block.solver.compiles:
                 block.solver = dataclasses.replace(block.solver, compile=backend)
+        runs = {"score": self._run_score, "inverse": self._run_inverse}
         self._compiled = {
             name: compiled(run, backend=backend, mode=mode, dynamic=dynamic)
-            for name, run in (("inverse", self._run_inverse), ("forward", self._run_forward))
+            for name, run in {**runs, "forward": self._run_forward}.items()
         }
         return self
 
