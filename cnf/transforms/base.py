@@ -32,7 +32,7 @@ class Mapped(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a call wants besides the value. Discrete transforms ignore it.
+    """What a call wants besides the value. Most discrete transforms ignore it.
 
     Attributes:
         divergence: the trace estimator to use; None means the transform's own.
@@ -45,7 +45,7 @@ class Request:
             integral is as accurate as the steps happen to make it.
         generator: where probes and other noise come from; None means torch's global generator.
         log_det: False says that nobody will read ``log_det``: a continuous transform then skips
-            the trace and returns NaN for it.
+            the trace and returns NaN for it, an autoregressive one its sum.
         variance: True asks a stochastic trace for the variance of its ``log_det``, returned as the
             cost ``"log_det_variance"`` (zero where the trace is exact).
         clock: multiplies the clock of every continuous transform, for random end times (STEER).
