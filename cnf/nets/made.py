@@ -170,10 +170,7 @@ class MADE(nn.Module):
 
         def apply(index: int, value: Tensor) -> Tensor:
             layer = layers[index]
-            if index == last:
-                value = self._ending(layer, value)
-            else:
-                value = linear(value, layer.masked_weight, layer.bias)
+            value = self._ending(layer, value) if index == last else layer(value)
             if index or shift is None:
                 return value
             return value + (shift.unflatten(-1, value.shape[-2:]) if last == 0 else shift)
@@ -313,7 +310,7 @@ class MADE(nn.Module):
         """The outputs of a layer that ends in them, ``(*batch, features, outputs)``."""
         if side_by_side(self.outputs):
             return by_parameter(value, layer.masked_weight, layer.bias, self.outputs)
-        value = linear(value, layer.masked_weight, layer.bias)
+        value = layer(value)
         return value.view(*value.shape[:-1], self.features, self.outputs)
 
     def _columns(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.nets.activations import activation as make_activation
-from cnf.nets.products import linear
+from cnf.nets.products import Linear, linear
 
 
 class MLP(nn.Module):
@@ -56,7 +56,7 @@ class MLP(nn.Module):
         self.activation = make_activation(activation)
         widths = layer_widths(inputs + context_features, hidden, outputs, residual)
         self.layers = nn.ModuleList(
-            nn.Linear(before, after) for before, after in itertools.pairwise(widths)
+            Linear(before, after) for before, after in itertools.pairwise(widths)
         )
         if zero_last:
             nn.init.zeros_(self.layers[-1].weight)  # type: ignore[arg-type]
@@ -80,13 +80,13 @@ class MLP(nn.Module):
         layers: list[nn.Linear] = [*self.layers]
         last = len(layers) - 1
 
-        def layer(index: int, value: Tensor) -> Tensor:
-            weight, bias = layers[index].weight, layers[index].bias
+        def apply(index: int, value: Tensor) -> Tensor:
+            layer = layers[index]
             if index < last or not side_by_side(self.size):
-                return linear(value, weight, bias)
-            return by_parameter(value, weight, bias, self.size)
+                return layer(value)
+            return by_parameter(value, layer.weight, layer.bias, self.size)
 
-        return wire(x, layer, len(layers), self.activation, self.residual)
+        return wire(x, apply, len(layers), self.activation, self.residual)
 
 
 def layer_widths(inputs: int, hidden: Sequence[int], outputs: int, residual: bool) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 
 # Columns below which a product can take several times as long as its transpose; MKL's did from 2
@@ -35,3 +35,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         # torch derives the gradients' orientations from how the weight lies in memory
         weight = weight.t().contiguous().t()
     return apply_linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` by ``linear``.
+
+    >>> Linear(2, 3)(torch.ones(5, 2)).shape
+    torch.Size([5, 3])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        return linear(x, self.weight, self.bias)

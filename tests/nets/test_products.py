@@ -1,0 +1,36 @@
+"""Layers of few inputs: the same values and gradients, whichever way the products go."""
+
+import pytest
+import torch
+from torch import nn
+
+from cnf.nets import MADE, MLP
+from cnf.nets.products import FEW, MANY, Linear
+
+
+@pytest.mark.parametrize("inputs", [1, 2, FEW - 1, FEW])
+@pytest.mark.parametrize("batch", [(), (3,), (MANY,), (2, MANY)])
+def test_values_and_gradients_are_torchs(inputs, batch):
+    torch.manual_seed(0)
+    ours = Linear(inputs, 5).double()
+    theirs = nn.Linear(inputs, 5).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(*batch, inputs, dtype=torch.float64, requires_grad=True)
+    found = []
+    for layer in (ours, theirs):
+        y = layer(x)
+        wanted = (x, layer.weight, layer.bias)
+        firsts = torch.autograd.grad(y.sin().sum(), wanted, create_graph=True)
+        seconds = torch.autograd.grad(firsts[0].square().sum(), (x, layer.weight))
+        found.append((y, *firsts, *seconds))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("build", [lambda: MLP(2, 4), lambda: MADE(2, 2)], ids=["mlp", "made"])
+def test_layers_are_called_with_their_hooks(build):
+    net, seen = build(), []
+    for layer in net.layers:
+        layer.register_forward_hook(lambda layer, *_: seen.append(layer))
+    net(torch.randn(5, 2))
+    assert seen == [*net.layers]
