@@ -448,10 +448,14 @@ class Flow(nn.Module):
         for block in self.modules():
             if isinstance(block, Continuous) and block.solver.compiles:
                 block.solver = dataclasses.replace(block.solver, compile=backend)
-        runs = {"score": self._run_score, "inverse": self._run_inverse}
+        runs = {
+            "score": self._run_score,
+            "inverse": self._run_inverse,
+            "forward": self._run_forward,
+        }
         self._compiled = {
             name: compiled(run, backend=backend, mode=mode, dynamic=dynamic)
-            for name, run in {**runs, "forward": self._run_forward}.items()
+            for name, run in runs.items()
         }
         return self
 

@@ -16,7 +16,7 @@ def quick_tanh(h: Tensor) -> Tensor:
     """Tanh, as fast as the CPU lets it be.
 
     In compiled float32 code a rational function within 4e-7 of its size; where no gradient is
-    wanted NumPy's, because torch's takes six times as long on processors that are not Intel's.
+    wanted NumPy's, because torch's takes several times as long on processors that are not Intel's.
 
     >>> quick_tanh(torch.tensor([0.0, 1.0]))
     tensor([0.0000, 0.7616])
