@@ -169,18 +169,22 @@ def training_steps(batch: int, rounds: int, *, hutchinson: bool = False) -> dict
 
 
 def alone(
-    field: TimeMLP, x: Tensor, tangents: int, forward: int, backward: int
-) -> Callable[[], object]:
+    field: TimeMLP, x: Tensor, tangents: int | None, forward: int, backward: int
+) -> Callable[[], None]:
     """The matrix products and activations of a checkpointed training step, and nothing else.
 
     Every evaluation takes the batch through all layers, and those with a divergence the tangents
-    through the inner ones; a differentiated evaluation adds two products for each, towards the
-    input and the weight. A step forward has eight evaluations, three with a divergence, beside two
-    to begin with; a step that is differentiated has nine, four of them with one.
+    through the inner ones (None: through a trilinear form of three slopes instead); a
+    differentiated evaluation adds two products for each, towards the input and the weight. A step
+    forward has eight evaluations, three with a divergence, beside two to begin with; a step that
+    is differentiated has nine, four of them with one.
     """
     sizes = field.layers.sizes
+    inner_shapes = [(len(x), sizes[1], sizes[2] * sizes[3])]
+    if tangents is not None:
+        inner_shapes = [(tangents * len(x), *pair) for pair in pairwise(sizes[1:-1])]
     whole = _Products(x, [(len(x), *pair) for pair in pairwise(sizes)], len(sizes) - 2)
-    inner = _Products(x, [(tangents * len(x), *pair) for pair in pairwise(sizes[1:-1])], 0)
+    inner = _Products(x, inner_shapes, 0)
     traced, differentiated = 2 + 3 * (forward - 2) // 8, 4 * backward // 9
 
     def call() -> None:
@@ -319,7 +323,7 @@ def diffrax_step(field: TimeMLP, x: Tensor, probe: Tensor | None, adjoint: str) 
     from benchmarks import peers_jax
 
     peer = peers_jax.Diffrax(TOLERANCE, adjoint)
-    parameters, points = peers_jax.parameters_of(field), jnp.asarray(x.numpy())
+    parameters, points = peers_jax.parameters_of(field), jnp.asarray(x.cpu().numpy())
     noise = None if probe is None else jnp.asarray(probe.numpy())
 
     def call() -> tuple[Any, Any, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import importlib.util
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +18,11 @@ from torch import Tensor
 
 import cnf
 from benchmarks import continuous, harness, reference
-from benchmarks.continuous import EXACT, FFJORD, HIDDEN, TOLERANCE, Step
+from benchmarks.continuous import ALONE, EXACT, FFJORD, HIDDEN, TOLERANCE, Step
 from cnf.nets import TimeMLP
+
+STEPS: dict[str, Any] = {"rtol": TOLERANCE, "atol": TOLERANCE, "norm": "batch"}
+GRAPHS: dict[str, Any] = {"compile": "reduce-overhead"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    # before anybody imports JAX: memory as it is needed, and products as exact as torch's
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("python -m benchmarks gpu needs a CUDA device, and PyTorch sees none here")
@@ -37,9 +45,10 @@ def run(options: argparse.Namespace) -> None:
     for features in options.features:
         field, data = continuous.trained(features)
         field, x = copy.deepcopy(field).to(device), data[: options.batch].to(device)
-        tables.append(training_steps(field, x, rounds))
-        tables.append(densities(field, x, rounds))
-    harness.write("gpu", tables, options.out)
+        for part in (training_steps, densities):
+            tables.append(part(field, x, rounds))
+            # what is known so far, in case the rest is interrupted
+            harness.write("gpu", tables, options.out)
 
 
 def training_steps(field: TimeMLP, x: Tensor, rounds: int) -> dict[str, Any]:
@@ -54,11 +63,15 @@ def training_steps(field: TimeMLP, x: Tensor, rounds: int) -> dict[str, Any]:
         found = step.look()
         notes[name] = {
             **continuous.compared(found, truth),
-            "peak MB": peak(step.call, x),
+            "peak MB": None if "diffrax" in name else peak(step.call, x),
             "first call s": first,
         }
         calls[name] = step.call
         harness.say(f"D = {field.features}, {name}: first call {first:.1f} s")
+    work = notes["cnf checkpoint"]["NFE"], notes["cnf checkpoint"]["NFE backward"]
+    tangents = field.features if field.features < HIDDEN[0] // 2 else None
+    calls[ALONE] = captured(continuous.alone(field, x, tangents, *work), x)
+    notes[ALONE] = dict(zip(("NFE", "NFE backward"), work, strict=True))
     return _table("Likelihood training step", calls, notes, field, x, rounds)
 
 
@@ -91,17 +104,32 @@ def _table(
         f"{title}, D = {field.features}, batch {len(x):,}, {x.device.type}",
         [{**row.cells(), **notes[row.name]} for row in rows],
         f"{shape} concatsquash tanh, exact divergence, float32, dopri5 at {TOLERANCE:g}, {rounds} "
-        "rounds. Errors against float64 at 1e-10; of log-densities the 99th percentile.",
+        "rounds. Errors against float64 at 1e-10; of log-densities the 99th percentile. "
+        f"{ALONE.capitalize()}: those of cnf checkpoint, on a GPU as one CUDA graph.",
     )
 
 
 def everyone(field: TimeMLP, x: Tensor) -> Iterator[tuple[str, Step]]:
-    """All who train; JAX's build for CUDA is not among the peers."""
+    """All who train."""
     yield FFJORD, continuous.plain(field, x, None)
     for mode, solver in continuous.cnf_modes().items():
         yield f"cnf {mode}", continuous.ours(field, x, None, solver)
+    for mode in ("adjoint", "checkpoint"):
+        solver = cnf.Solver(gradient=mode, **GRAPHS, **STEPS)
+        yield f"cnf {mode}, CUDA graphs", continuous.ours(field, x, None, solver)
     if harness.installed("zuko"):
         yield "zuko's solver", continuous.zuko_step(field, x)
+    if has_jax(x):
+        yield "diffrax checkpoint, jit", continuous.diffrax_step(field, x, None, "checkpoint")
+
+
+def has_jax(x: Tensor) -> bool:
+    """Whether diffrax is there, and its JAX computes on a device of the same kind."""
+    if importlib.util.find_spec("jax") is None or importlib.util.find_spec("diffrax") is None:
+        return False
+    import jax
+
+    return jax.default_backend() == ("gpu" if x.device.type == "cuda" else "cpu")
 
 
 def scorers(field: TimeMLP) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
@@ -110,8 +138,8 @@ def scorers(field: TimeMLP) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     plain = reference.FFJORD(field.features, HIDDEN, tolerance=TOLERANCE).to(device)
     plain.net.take(field)
     yield FFJORD, plain.log_prob
-    solver = cnf.Solver(rtol=TOLERANCE, atol=TOLERANCE, norm="batch")
-    for mode, option in continuous.compilers().items():
+    solver = cnf.Solver(**STEPS)
+    for mode, option in {**continuous.compilers(), ", CUDA graphs": GRAPHS}.items():
         flow = continuous.flow_with(field, dataclasses.replace(solver, **option)).to(device)
         yield f"cnf{mode}", flow.log_prob
     if harness.installed("zuko"):
@@ -119,6 +147,21 @@ def scorers(field: TimeMLP) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
 
         net = reference.Net(field.features, HIDDEN).to(device).take(field)
         yield "zuko's solver", ZukoSolver(net, TOLERANCE).log_prob
+
+
+def captured(call: Callable[[], None], x: Tensor) -> Callable[[], object]:
+    """A call as one CUDA graph, where its tensors are on such a device."""
+    if x.device.type != "cuda":
+        return call
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries set themselves up before anything is captured
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def peak(call: Callable[[], object], x: Tensor) -> float | None:

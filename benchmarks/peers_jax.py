@@ -24,7 +24,10 @@ UNROLLED = 4
 def parameters_of(field: TimeMLP) -> Parameters:
     """A field's numbers as JAX holds them, under the same names."""
     named = dict(field.layers.named_parameters())
-    return {name: jnp.asarray(named[name].detach().numpy()) for name in NAMES + weight_names(field)}
+    return {
+        name: jnp.asarray(named[name].detach().cpu().numpy())
+        for name in NAMES + weight_names(field)
+    }
 
 
 def flatten(gradient: Parameters) -> torch.Tensor:

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 T = TypeVar("T")
 
+# modes that take CUDA graphs, where there is CUDA
+GRAPHED = ("reduce-overhead", "max-autotune")
 # torch's name for keeping on disk what it made of a function with a derivative of its own, such as
 # the rational tanh: a torch that has it does not compile such code again in every process
 CACHED = "autograd_cache_allow_custom_autograd_functions"
@@ -56,6 +59,9 @@ def compiled(
         function, fullgraph=whole, backend=backend, mode=mode, dynamic=dynamic, **options
     )
 
+    if mode in GRAPHED and torch.cuda.is_available():
+        run = _kept(run)
+
     @torch._dynamo.config.patch(trace_autograd_ops=True, specialize_float=constants)
     def quiet(*arguments: Any) -> T:
         # a compiler hides its warnings of its own making from people, but not from filters that
@@ -70,6 +76,17 @@ def compiled(
     if hasattr(torch._functorch.config, CACHED):
         quiet = torch._functorch.config.patch(CACHED, True)(quiet)
     return functools.wraps(function)(quiet)
+
+
+def _kept(run: Callable[..., T]) -> Callable[..., T]:
+    """A function whose results stay what they are: the next replay of a graph overwrites them."""
+
+    def keeping(*arguments: Any) -> T:
+        if not torch.is_grad_enabled():  # what waits for its backward pass torch looks after itself
+            torch.compiler.cudagraph_mark_step_begin()
+        return tree_map_only(torch.Tensor, torch.Tensor.clone, run(*arguments))
+
+    return keeping
 
 
 def has_compiler() -> bool:

@@ -438,16 +438,16 @@ class Flow(nn.Module):
         """Compile scoring and sampling in place; the first call of each pays for it.
 
         The solver's loop stays what it is: continuous blocks compile their steps, as
-        ``Solver(compile=backend)`` does, where their solver can.
+        ``Solver(compile=mode or backend)`` does, where their solver can.
 
         Args:
             backend: as in ``torch.compile``.
-            mode: as in ``torch.compile``, for what is not continuous.
+            mode: as in ``torch.compile``; ``"reduce-overhead"`` takes CUDA graphs.
             dynamic: as in ``torch.compile``, for what is not continuous.
         """
         for block in self.modules():
             if isinstance(block, Continuous) and block.solver.compiles:
-                block.solver = dataclasses.replace(block.solver, compile=backend)
+                block.solver = dataclasses.replace(block.solver, compile=mode or backend)
         runs = {
             "score": self._run_score,
             "inverse": self._run_inverse,

@@ -227,3 +227,47 @@ def test_a_number_that_changes_is_compiled_anew():
 
 def test_the_code_is_made_once():
     assert compiled.code(BACKEND) is compiled.code(BACKEND)
+
+
+@pytest.mark.parametrize(
+    ("compile", "backend", "mode"),
+    [
+        (True, "inductor", None),
+        ("reduce-overhead", "inductor", "reduce-overhead"),
+        (BACKEND, BACKEND, None),
+    ],
+)
+def test_modes_and_backends_are_told_apart(compile, backend, mode):
+    solver = Solver(compile=compile)
+    assert (solver.backend, solver.mode) == (backend, mode)
+
+
+def test_a_flow_hands_its_mode_to_its_steps():
+    flow = cnf.ffjord(2, hidden=(8,)).compile(mode="reduce-overhead")
+    assert flow.transform.solver.mode == "reduce-overhead"
+    assert flow.compile(backend=BACKEND).transform.solver.backend == BACKEND
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compile", [True, "reduce-overhead"])
+@pytest.mark.parametrize("gradient", ["adjoint", "checkpoint"])
+def test_on_a_gpu(gradient, compile):
+    torch.manual_seed(0)
+    solver = Solver(rtol=1e-4, atol=1e-4, gradient=gradient)
+    flow = cnf.ffjord(2, hidden=(16,), solver=solver).double().cuda()
+    batches = torch.randn(4, 50, 2, dtype=torch.float64, device="cuda")
+
+    def observe():
+        scores, grads = [], []
+        for x in batches:  # the first calls compile and capture, the others replay
+            flow.zero_grad()
+            scores.append(flow.log_prob(x))
+            scores[-1].sum().backward()
+            grads.append([parameter.grad.clone() for parameter in flow.parameters()])
+        with torch.no_grad():
+            return scores, grads, [flow.decode(z) for z in batches]
+
+    wanted = observe()
+    flow.transform.solver = dataclasses.replace(solver, compile=compile)
+    torch.testing.assert_close(observe(), wanted, atol=1e-9, rtol=1e-9)

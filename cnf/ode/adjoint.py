@@ -19,7 +19,13 @@ from cnf.ode.solver import Solver
 from cnf.ode.stepper import advance
 
 
-def backward_rhs(rhs: Rhs, tracked: Sequence[Tensor], sources: Sequence[Tensor], count: int) -> Rhs:
+def backward_rhs(
+    rhs: Rhs,
+    tracked: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    count: int,
+    anchor: Tensor | None = None,
+) -> Rhs:
     """The derivatives of (y, a, g) along a solution y: a its adjoint, g the parameters' gradient.
 
     Args:
@@ -27,11 +33,17 @@ def backward_rhs(rhs: Rhs, tracked: Sequence[Tensor], sources: Sequence[Tensor],
         tracked: the parameters, all of which require grad.
         sources: the constant adjoints of the integrals.
         count: how many parts y has.
+        anchor: for code that is to be compiled, a zero that requires grad: beside it everything
+            does, where a compiler follows no ``requires_grad_``, as torch 2.11's.
     """
+
+    def leaf(part: Tensor) -> Tensor:
+        part = part.detach()
+        return part.requires_grad_() if anchor is None else part + anchor
 
     def backward(t: Tensor, state: State) -> State:
         with torch.enable_grad():
-            y = [part.detach().requires_grad_() for part in state[:count]]
+            y = [leaf(part) for part in state[:count]]
             parts = rhs(t, tuple(y))
             used = [
                 (part, adjoint)
@@ -110,10 +122,11 @@ def walk_adjoint(
     if tracked:
         norms.append(None if solver.seminorm else "batch")
     table = tableau(solver.method)
+    anchor = gradient.new_zeros(()).requires_grad_()
 
     def steps(sources: Sequence[Tensor]) -> Steps:
         if solver.compile:
-            rhs = backward_rhs(velocity.rhs, tracked, sources, count)
+            rhs = backward_rhs(velocity.rhs, tracked, sources, count, anchor)
             spec = compiled.Spec(rhs, 2 * count, tuple(norms), table)
             return compiled.CompiledSteps(spec, shapes, solver, velocity)
         rhs = backward_rhs(velocity.parts, tracked, sources, count)

@@ -86,7 +86,7 @@ class CompiledSteps:
         self.shapes = shapes
         self.sizes = [shape.numel() for shape in shapes]
         self.tolerances = solver.rtol, solver.atol
-        self.code = code(solver.backend)
+        self.code = code(solver.backend, solver.mode)
         self.velocity = velocity
         self.watch = velocity.watch
 
@@ -120,7 +120,9 @@ class CompiledSteps:
         """The products of the adjoint at a step's end and its derivatives."""
         self.watch.nfe += self.spec.recomputed
         numbers = self._numbers(y, *step)
-        state, adjoints = self._parts(y), self._parts(adjoint)
+        # here, because not every compiler follows ``requires_grad_``
+        state = tuple(part.detach().requires_grad_() for part in self._parts(y))
+        adjoints = self._parts(adjoint)
         look = self._look(step.time, y)
         return self.code.pull(look, self.spec, numbers, state, adjoints, tuple(tracked))
 
@@ -145,7 +147,7 @@ class Code(NamedTuple):
 
 
 @functools.cache
-def code(backend: str) -> Code:
+def code(backend: str, mode: str | None = None) -> Code:
     """The functions below, compiled once for all specs that look alike to a compiler.
 
     Compiled code cannot check the velocity. What they take as their first argument does: it is
@@ -161,6 +163,7 @@ def code(backend: str) -> Code:
         run = compiled(
             function,
             backend=backend,
+            mode=mode,
             dynamic=True,
             whole=True,
             # a method's coefficients, handed in as variables, cost as much as a small net
@@ -242,10 +245,12 @@ def step(spec: Spec, numbers: Tensor, state: State) -> Tensor:
 def pull(
     spec: Spec, numbers: Tensor, state: State, adjoints: State, tracked: State
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """The products of the adjoint at a step's end and its derivatives; zero for what is unused."""
+    """The products of the adjoint at a step's end and its derivatives; zero for what is unused.
+
+    All of the state requires grad.
+    """
     time, size, _, _ = numbers.unbind()
     with torch.enable_grad():
-        state = tuple(part.detach().requires_grad_() for part in state)
         after = _stages(spec, time, size, state, None)[0]
         found = torch.autograd.grad(
             after, (*state, *tracked), adjoints, materialize_grads=True, allow_unused=True

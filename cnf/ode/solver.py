@@ -24,6 +24,8 @@ SCIPY = "scipy_solver"
 METHODS = tuple(SOLVERS)
 GRADIENTS = ("adjoint", "backprop", "checkpoint")
 NORMS = ("batch", "sample")
+# of Inductor, as torch.compile names them
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # methods with an interpolant that is good enough for integrals by quadrature
 WITH_QUADRATURE = ("dopri5",)
 
@@ -84,9 +86,9 @@ class Solver:
         checkpoints: under ``"checkpoint"``, keep at most so many states and recompute the
             others; None keeps one per accepted step.
         compile: make one piece of code of every step, by ``torch.compile`` (True), or by the
-            backend of it that is named; for Runge-Kutta methods under ``"adjoint"`` and
+            mode or backend of it that is named; for Runge-Kutta methods under ``"adjoint"`` and
             ``"checkpoint"``. The first solve pays for it, one to two minutes where nothing is
-            cached on disk.
+            cached on disk. ``"reduce-overhead"`` makes a CUDA graph of every step.
         fallback: a fixed-grid method that takes over, with a ``SolverWarning``, when a pass ends
             in ``StepUnderflow`` or ``TooManySteps``; None raises them.
         fallback_steps: its number of steps.
@@ -191,7 +193,13 @@ class Solver:
     @property
     def backend(self) -> str:
         """The backend of ``torch.compile``."""
-        return self.compile if isinstance(self.compile, str) else "inductor"
+        named = isinstance(self.compile, str) and self.compile not in MODES
+        return str(self.compile) if named else "inductor"
+
+    @property
+    def mode(self) -> str | None:
+        """The mode of ``torch.compile``, where one is named."""
+        return str(self.compile) if self.compile in MODES else None
 
     @property
     def backward_method(self) -> str:
