@@ -9,7 +9,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,10 @@ from benchmarks.continuous import ALONE, EXACT, FFJORD, HIDDEN, TOLERANCE, Step
 from cnf.nets import TimeMLP
 
 STEPS: dict[str, Any] = {"rtol": TOLERANCE, "atol": TOLERANCE, "norm": "batch"}
-GRAPHS: dict[str, Any] = {"compile": "reduce-overhead"}
+COMPILED: dict[str, dict[str, Any]] = {
+    "compiled": {"compile": True},
+    "CUDA graphs": {"compile": "reduce-overhead"},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch", type=int, default=10_000)
     parser.add_argument("--features", type=int, nargs="+", default=[2, 63])
+    parser.add_argument(
+        "--gradients",
+        nargs="+",
+        choices=("adjoint", "checkpoint"),
+        default=["adjoint", "checkpoint"],
+        help="which of ours are compiled",
+    )
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for results")
 
 
@@ -40,22 +51,25 @@ def run(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("python -m benchmarks gpu needs a CUDA device, and PyTorch sees none here")
-    rounds = {"quick": 3, "usual": 10, "full": 30}[options.effort]
-    tables = []
+    rounds = options.rounds or {"quick": 3, "usual": 10, "full": 30}[options.effort]
     for features in options.features:
+        tables = []
         field, data = continuous.trained(features)
         field, x = copy.deepcopy(field).to(device), data[: options.batch].to(device)
-        for part in (training_steps, densities):
-            tables.append(part(field, x, rounds))
-            # what is known so far, in case the rest is interrupted
-            harness.write("gpu", tables, options.out)
+        tables.append(training_steps(field, x, rounds, options.gradients))
+        # what is known so far, in case the rest is interrupted
+        harness.write(f"gpu-{features}", tables, options.out, quiet=True)
+        tables.append(densities(field, x, rounds))
+        harness.write(f"gpu-{features}", tables, options.out)
 
 
-def training_steps(field: TimeMLP, x: Tensor, rounds: int) -> dict[str, Any]:
+def training_steps(
+    field: TimeMLP, x: Tensor, rounds: int, gradients: Sequence[str]
+) -> dict[str, Any]:
     """Everyone's likelihood training step, with the memory that it takes."""
     truth = continuous.ours(field, x.double(), None, EXACT).look()
     calls, notes = {}, {}
-    for name, step in everyone(field, x):
+    for name, step in everyone(field, x, gradients):
         start = time.perf_counter()
         step.call()
         wait(x)
@@ -109,14 +123,15 @@ def _table(
     )
 
 
-def everyone(field: TimeMLP, x: Tensor) -> Iterator[tuple[str, Step]]:
+def everyone(field: TimeMLP, x: Tensor, gradients: Sequence[str]) -> Iterator[tuple[str, Step]]:
     """All who train."""
     yield FFJORD, continuous.plain(field, x, None)
-    for mode, solver in continuous.cnf_modes().items():
+    modes = {mode: {} for mode in ("adjoint", "checkpoint", "backprop")}
+    for said, option in COMPILED.items():
+        modes |= {f"{mode}, {said}": option for mode in gradients}
+    for mode, option in modes.items():
+        solver = cnf.Solver(gradient=mode.partition(",")[0], **option, **STEPS)
         yield f"cnf {mode}", continuous.ours(field, x, None, solver)
-    for mode in ("adjoint", "checkpoint"):
-        solver = cnf.Solver(gradient=mode, **GRAPHS, **STEPS)
-        yield f"cnf {mode}, CUDA graphs", continuous.ours(field, x, None, solver)
     if harness.installed("zuko"):
         yield "zuko's solver", continuous.zuko_step(field, x)
     if has_jax(x):
@@ -139,9 +154,9 @@ def scorers(field: TimeMLP) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     plain.net.take(field)
     yield FFJORD, plain.log_prob
     solver = cnf.Solver(**STEPS)
-    for mode, option in {**continuous.compilers(), ", CUDA graphs": GRAPHS}.items():
+    for mode, option in {"": {}, **COMPILED}.items():
         flow = continuous.flow_with(field, dataclasses.replace(solver, **option)).to(device)
-        yield f"cnf{mode}", flow.log_prob
+        yield f"cnf, {mode}" if mode else "cnf", flow.log_prob
     if harness.installed("zuko"):
         from benchmarks.peers_zuko import ZukoSolver
 

@@ -417,3 +417,16 @@ except NonFiniteState:
         [sys.executable, "-O", "-c", program], capture_output=True, text=True, timeout=240
     )
     assert done.stdout.split() == ["True"] * 15, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("solver", [Solver("rk4", step_size=0.1), Solver("dopri5")], ids=str)
+def test_a_device_that_is_not_waited_for_tells_the_same_place(solver):
+    def told(device):
+        start = (torch.ones(3, 2, device=device),)
+        with pytest.raises(NonFiniteState) as caught:
+            integrate(lambda t, state: (state[0] / (t < 0.55),), start, UNIT, solver)
+        return caught.value.time
+
+    assert told("cuda") == pytest.approx(told("cpu"), rel=1e-3)

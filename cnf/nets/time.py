@@ -40,6 +40,16 @@ class Affine(NamedTuple):
             return torch.addcmul(self.shift, linear(x, self.weight), self.gate)
         return self.linear(x) + self.shift
 
+    def apply_columns(self, x: Tensor) -> Tensor:
+        """Map points that are columns, ``(inputs, points)``, at one time for all."""
+        value = self.weight @ x
+        if self.gate is not None:
+            value = value * self.gate.unsqueeze(-1)
+        shift = self.shift
+        if shift.dim() > 1:
+            shift = shift.reshape(-1, shift.shape[-1])
+        return value + (shift.unsqueeze(-1) if shift.dim() == 1 else shift.t())
+
     def linear(self, u: Tensor) -> Tensor:
         """Map tangents: the same without the shift."""
         if self.weight.dim() == 2:
@@ -93,11 +103,19 @@ class TimeLayers(nn.Module, ABC):
     def coefficients(self, t: Tensor) -> Coefficients:
         """The layers at time ``t``, a scalar or ``(*batch,)`` with one time per sample."""
 
-    def at(self, t: Tensor, context: Tensor | None) -> list[Affine]:
-        """Each layer at time ``t``, with what the context adds to its shift."""
+    def at(self, t: Tensor, context: Tensor | None, *, fold: bool = True) -> list[Affine]:
+        """Each layer at time ``t``, with what the context adds to its shift.
+
+        Args:
+            t: a scalar, or ``(*batch,)``.
+            context: ``(*batch, context_features)``.
+            fold: at one time for all, multiply weights by gates; compiled code is slower for it.
+        """
         if t.dim() and t.stride(-1) == 0:
             t = t[..., :1]  # one time along the whole axis: what follows from it is computed once
         weights, gate, shift = self.coefficients(t)
+        if not fold:
+            gate, shift = (None if gate is None else _made(gate)), _made(shift)
         if self.from_context is not None and context is not None:
             shift = shift + self.from_context(context)
         shifts = shift.split(self.sizes[1:], -1)
@@ -106,7 +124,7 @@ class TimeLayers(nn.Module, ABC):
                 Affine(*pair) for pair in zip(weights, [None] * len(shifts), shifts, strict=True)
             ]
         gates = gate.split(self.sizes[1:], -1)
-        if gate.dim() > 1:
+        if gate.dim() > 1 or not fold:
             return [Affine(*layer) for layer in zip(weights, gates, shifts, strict=True)]
         # at one time for all, the gate is cheaper on the weight than on the batch
         folded = [weight * gate.unsqueeze(-1) for weight, gate in zip(weights, gates, strict=True)]
@@ -198,6 +216,11 @@ class Blend(TimeLayers):
             for start, end in zip(self.weights, self.end.weights, strict=True)
         ]
         return Coefficients(weights, None, torch.addcmul(self.bias, self.end.bias - self.bias, t))
+
+
+def _made(coefficients: Tensor) -> Tensor:
+    """What a compiler computes here, and not again for every sample: views are of memory only."""
+    return coefficients.as_strided(coefficients.shape, coefficients.stride())
 
 
 TIME_LAYERS: dict[str, type[TimeLayers]] = {

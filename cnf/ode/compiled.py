@@ -8,6 +8,7 @@ the batch stays a variable of the compiled code.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
@@ -15,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from cnf.compiling import compiled
+from cnf import compiling
 from cnf.ode.errors import CompilationError
 from cnf.ode.guard import HUGE, Rhs, State, Velocity, cut, join
 from cnf.ode.quadrature import PLACES, increment, increment_error
@@ -128,7 +129,12 @@ class CompiledSteps:
 
     def _numbers(self, y: Tensor, time: float, size: float) -> Tensor:
         # as one tensor: code that was compiled for one number would be compiled again for the next
-        return torch.tensor([time, size, *self.tolerances], dtype=y.dtype, device=y.device)
+        numbers = [time, size, *self.tolerances]
+        if y.device.type != "cuda":
+            return torch.tensor(numbers, dtype=y.dtype, device=y.device)
+        # from pinned memory, because any other copy waits until the device has done all it has
+        pinned = torch.tensor(numbers, dtype=y.dtype, pin_memory=True)
+        return pinned.to(y.device, non_blocking=True)
 
     def _parts(self, flat: Tensor) -> State:
         return cut(flat, self.sizes, self.shapes)
@@ -146,6 +152,11 @@ class Code(NamedTuple):
     pull: Callable[..., tuple[Tensor, Sequence[Tensor]]]
 
 
+def settings() -> contextlib.AbstractContextManager[None]:
+    """What the compiler is to be told around many steps."""
+    return compiling.settings(constants=True)
+
+
 @functools.cache
 def code(backend: str, mode: str | None = None) -> Code:
     """The functions below, compiled once for all specs that look alike to a compiler.
@@ -160,7 +171,7 @@ def code(backend: str, mode: str | None = None) -> Code:
         return counters["stats"]["unique_graphs"]
 
     def one(function: Callable[..., T]) -> Callable[..., T]:
-        run = compiled(
+        run = compiling.compiled(
             function,
             backend=backend,
             mode=mode,

@@ -53,12 +53,14 @@ class Watch:
         self.every_evaluation = every_evaluation
         self.nfe = self.accepted = self.rejected = self.undefined = 0
         self.settled = True
+        self.pending: list[tuple[float, float, Tensor]] = []
 
     def finish(self) -> Stats:
         """End the pass: tell the recorders, let go of tensors."""
         stats = Stats(self.nfe, self.accepted, self.rejected)
         self.velocity = None
         self.stopped_at = (0.0, ())
+        self.pending = []
         for recorder in self.recorders:
             recorder.report(stats, self.direction, self.name)
         return stats
@@ -74,9 +76,8 @@ class Watch:
     def step(self, t0: Tensor | float, state: Tensor | State, dt: Tensor | float) -> None:
         """Check what a step starts from, before it is taken."""
         size, time = float(dt), float(t0)
-        if self.settled and not finite(state):
-            what = "the state" if self.direction == "forward" else "the state or its gradient"
-            self.fail(NonFiniteState, f"{what} is not finite", time, size)
+        if self.settled:
+            self._check_state(state, time, size)
         if self.adaptive:
             floor = self.solver.min_step or self.resolution * max(abs(time), self.span / 1000)
             if time + size == time or (size < floor and not self.settled):
@@ -87,6 +88,25 @@ class Watch:
         if self.accepted + self.rejected >= self.solver.max_steps + (not self.adaptive):
             what = f"more than max_steps={self.solver.max_steps} steps"
             self._fail_at_limit(TooManySteps, what, time, size)
+
+    def _check_state(self, state: Tensor | State, time: float, size: float) -> None:
+        largest = magnitude(state)
+        if largest is None:
+            return
+        self.pending.append((time, size, largest))
+        # a device that is still at work would have to be waited for; at the end all are looked at
+        if largest.device.type == "cpu":
+            self._look_back()
+
+    def _look_back(self) -> None:
+        """Fail at the first step whose state is not finite, of those not looked at yet."""
+        pending, self.pending = self.pending, []
+        if not pending:
+            return
+        for (time, size, _), largest in zip(pending, _values(pending), strict=True):
+            if not math.isfinite(largest):
+                what = "the state" if self.direction == "forward" else "the state or its gradient"
+                self.fail(NonFiniteState, f"{what} is not finite", time, size)
 
     def step_back(self, t0: Tensor, state: State, dt: Tensor) -> None:
         """Check a step of torchdiffeq's adjoint, which counts time as the forward pass does."""
@@ -104,11 +124,13 @@ class Watch:
         self.settled = False
 
     def arrived(self, tensors: Tensor | Iterable[Tensor], time: float, what: str) -> None:
-        """Check what a pass ends with."""
+        """Check what a pass ends with, and what it has not looked at on its way."""
+        self._look_back()
         if not finite(tensors):
             self.fail(NonFiniteState, f"{what} not finite", time)
 
     def _fail_at_limit(self, kind: type[SolverError], what: str, time: float, step: float) -> None:
+        self._look_back()
         # trial steps into where the velocity is not defined shrink as those do that are too long
         if self.velocity is not None and not finite(self.velocity):
             self.undefined += 1
@@ -297,10 +319,21 @@ def error_norm(shapes: Sequence[torch.Size], kinds: Sequence[str | None]) -> Nor
 
 def finite(tensors: Tensor | Iterable[Tensor]) -> bool:
     """Whether every entry of every tensor is a number, at the price of one reduction each."""
+    largest = magnitude(tensors)
+    return largest is None or math.isfinite(float(largest))
+
+
+def magnitude(tensors: Tensor | Iterable[Tensor]) -> Tensor | None:
+    """A scalar that is finite if every entry of every tensor is; None where there is no entry."""
     parts = [tensors] if isinstance(tensors, Tensor) else tensors
     # the largest magnitude of a tensor is NaN or infinite if any entry is: one pass, one read
     norms = [torch.linalg.vector_norm(part.detach(), math.inf) for part in parts if part.numel()]
-    if not norms:
-        return True
-    largest = norms[0] if len(norms) == 1 else torch.stack(norms).sum()
-    return math.isfinite(float(largest))
+    if len(norms) < 2:
+        return norms[0] if norms else None
+    return torch.stack(norms).sum()
+
+
+def _values(pending: Sequence[tuple[float, float, Tensor]]) -> list[float]:
+    if len(pending) == 1:
+        return [float(pending[0][2])]
+    return torch.stack([largest for *_, largest in pending]).tolist()

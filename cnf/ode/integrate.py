@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -213,7 +214,8 @@ class Problem:
 
     def walk(self, flat: Tensor, keep: bool = True) -> stepper.Path:
         """The solution by our own stepper, and the way there."""
-        return stepper.walk(self.steps(), flat, self.points, self.solver, self.watch, keep)
+        with self._settings():
+            return stepper.walk(self.steps(), flat, self.points, self.solver, self.watch, keep)
 
     def steps(self) -> Steps:
         """The method's steps of the forward pass."""
@@ -233,10 +235,11 @@ class Problem:
         watch.begin("backward", solver.method in ADAPTIVE)
         try:
             self._check_grid(solver.method)
-            start, grads = adjoint.walk_adjoint(
-                self.velocity, solution, self.points, gradient, self.tracked, solver, watch,
-                self.in_norm,
-            )  # fmt: skip
+            with self._settings():
+                start, grads = adjoint.walk_adjoint(
+                    self.velocity, solution, self.points, gradient, self.tracked, solver, watch,
+                    self.in_norm,
+                )  # fmt: skip
             watch.arrived([start, *grads], self.points[0], "the gradient is")
             return start, grads
         except (StepUnderflow, TooManySteps) as error:
@@ -281,9 +284,10 @@ class Problem:
         watch = self.watch
         watch.begin("backward", adaptive=False)
         try:
-            start, grads = stepper.walk_back(
-                self.steps(), path, gradient, self.tracked, self.solver, watch
-            )
+            with self._settings():
+                start, grads = stepper.walk_back(
+                    self.steps(), path, gradient, self.tracked, self.solver, watch
+                )
             found = [start, *[grad for grad in grads if grad is not None]]
             watch.arrived(found, self.points[0], "the gradient is")
         finally:
@@ -313,6 +317,10 @@ class Problem:
             self.in_norm,
             self.watch.name,
         )
+
+    def _settings(self) -> contextlib.AbstractContextManager[None]:
+        """What the compiler of steps is to be told, once for a pass."""
+        return compiled.settings() if self.solver.compile else contextlib.nullcontext()
 
     def _finished(self, solution: Tensor) -> Tensor:
         if len(solution) < len(self.points):

@@ -1,5 +1,6 @@
 """The fast ways to tanh."""
 
+import pytest
 import torch
 
 from cnf.nets import smooth
@@ -57,3 +58,10 @@ def test_many_numbers_without_a_gradient_are_tanh_to_the_last_digits():
     assert not torch.equal(y, quick_tanh(h.requires_grad_()))  # the arrays' own
     truth = torch.tanh(h.detach().double())
     assert ((y.double() - truth).abs() <= 2e-7 * truth.abs()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_quick_tanh_of_many_numbers_compiles(dtype):
+    h = torch.linspace(-9, 9, 1 << 16, dtype=dtype)
+    found = torch.compile(quick_tanh, backend="aot_eager", fullgraph=True)(h)
+    torch.testing.assert_close(found, torch.tanh(h), atol=1e-6, rtol=1e-6)
