@@ -114,8 +114,12 @@ class Affine(ScalarMap):
             return super().forward_array(z, parameters)
         shift, log_scale = parameters[..., 0], parameters[..., 1]
         if self.bound is not None:
-            log_scale = self.bound * np.tanh(log_scale / self.bound)
-        return z * np.exp(log_scale) + shift, log_scale
+            log_scale = np.tanh(log_scale / self.bound)
+            log_scale *= self.bound
+        x = np.exp(log_scale)
+        x *= z
+        x += shift
+        return x, log_scale
 
     def inverse(self, x: Tensor, parameters: Tensor) -> Pair:
         """(x − b)·exp(−s)."""
