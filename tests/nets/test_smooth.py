@@ -1,5 +1,6 @@
 """The fast ways to tanh."""
 
+import pytest
 import torch
 
 from cnf.nets import smooth
@@ -57,3 +58,17 @@ def test_many_numbers_without_a_gradient_are_tanh_to_the_last_digits():
     assert not torch.equal(y, quick_tanh(h.requires_grad_()))  # the arrays' own
     truth = torch.tanh(h.detach().double())
     assert ((y.double() - truth).abs() <= 2e-7 * truth.abs()).all()
+
+
+@pytest.mark.parametrize("count", [5, 5000])
+def test_tanh_takes_memory_only_where_it_may(count):
+    h = torch.linspace(-3, 3, count)
+    kept = h.clone()
+    with torch.no_grad():
+        y = quick_tanh(h)
+        assert torch.equal(h, kept)
+        assert quick_tanh(h, reuse=True).data_ptr() == h.data_ptr()
+    assert torch.equal(h, y)
+    kept.requires_grad_()
+    torch.testing.assert_close(quick_tanh(kept, reuse=True), y)
+    assert kept[0] == -3
