@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cnf.arrays import Array, fits_arrays
 from cnf.nets.activations import activation as make_activation
 from cnf.nets.growing import Growing, GrowingArray, chained, of_arrays
-from cnf.nets.mlp import by_parameter, layer_widths, required, side_by_side, wire
+from cnf.nets.mlp import by_parameter, layer_widths, required, side_by_side, unwatched, wire
 from cnf.nets.products import linear
 
 
@@ -26,6 +26,7 @@ class MaskedLinear(nn.Linear):
     """
 
     mask: Tensor
+    full = False
 
     def __init__(self, mask: Tensor, zero: bool = False):
         super().__init__(mask.shape[1], mask.shape[0])
@@ -36,15 +37,22 @@ class MaskedLinear(nn.Linear):
             bound = self.mask.sum(1).clamp(min=1).rsqrt() * (not zero)
             self.weight.uniform_(-1, 1).mul_(bound.unsqueeze(1))
             self.bias.uniform_(-1, 1).mul_(bound)
+        _look(self)
+        self.register_load_state_dict_post_hook(_look)
 
     @property
     def masked_weight(self) -> Tensor:
         """W ∘ M."""
-        return self.weight * self.mask
+        return self.weight if self.full else self.weight * self.mask
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
         return linear(x, self.masked_weight, self.bias)
+
+
+def _look(layer: MaskedLinear, _: object = None) -> None:
+    """Note whether nothing is masked, also after loading: the mask travels with the state."""
+    layer.full = bool(layer.mask.all())
 
 
 class MADE(nn.Module):
@@ -175,7 +183,8 @@ class MADE(nn.Module):
                 return value
             return value + (shift.unflatten(-1, value.shape[-2:]) if last == 0 else shift)
 
-        result = wire(x, apply, len(layers), self.activation, self.residual)
+        activate = self.activation if self.residual else unwatched(self.activation, layers)
+        result = wire(x, apply, len(layers), activate, self.residual)
         return result if self.direct is None else result + self._ending(self.direct, x)
 
     def autoregress(

@@ -108,6 +108,15 @@ def test_large_products_in_arrays_agree_too(activation):
         torch.testing.assert_close(x, affine(z, made(x)), atol=1e-5, rtol=1e-5)
 
 
+def test_full_masks_are_known_also_after_loading():
+    full, masked = MaskedLinear(torch.ones(4, 3).bool()), MaskedLinear(torch.eye(4, 3).bool())
+    assert full.full
+    assert not masked.full
+    full.load_state_dict(masked.state_dict())
+    assert torch.equal(full.masked_weight, masked.weight * torch.eye(4, 3))
+    assert torch.equal(full(torch.ones(3)), masked(torch.ones(3)))
+
+
 def test_arrays_stand_in_only_where_they_can():
     made = MADE(3, 2, zero_last=False)
     z = torch.randn(5, 3)
