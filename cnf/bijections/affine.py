@@ -91,7 +91,7 @@ class Affine(ScalarMap):
     def log_scale(self, raw: Tensor, sign: int = 1) -> Tensor:
         """The log-scale s(r) in nats, shaped like r; or −s(r)."""
         if self.scale == "tanh" and self.bound is not None:
-            return sign * self.bound * quick_tanh(raw / self.bound)
+            return _times(quick_tanh(raw / self.bound, reuse=True), sign * self.bound)
         if self.scale == "sigmoid":
             raw = torch.log(torch.sigmoid(raw + 2) + 1e-3)
         elif self.scale == "softplus":
@@ -114,15 +114,19 @@ class Affine(ScalarMap):
             return super().forward_array(z, parameters)
         shift, log_scale = parameters[..., 0], parameters[..., 1]
         if self.bound is not None:
-            log_scale = self.bound * np.tanh(log_scale / self.bound)
-        return z * np.exp(log_scale) + shift, log_scale
+            log_scale = np.tanh(log_scale / self.bound)
+            log_scale *= self.bound
+        x = np.exp(log_scale)
+        x *= z
+        x += shift
+        return x, log_scale
 
     def inverse(self, x: Tensor, parameters: Tensor) -> Pair:
         """(x − b)·exp(−s)."""
         self.check(parameters)
         shift, raw = _split(parameters)
         log_derivative = self.log_scale(raw, sign=-1)
-        z = (x - shift) * torch.exp(log_derivative)
+        z = _times(x - shift, torch.exp(log_derivative))
         return z, _like(log_derivative, z)
 
 
@@ -131,6 +135,14 @@ def _split(parameters: Tensor) -> tuple[Tensor, ...]:
     # compiled networks keep those of a kind side by side, and so their gradients go back
     together = parameters.dim() > 1 and torch.compiler.is_compiling()
     return parameters.mT.unbind(-2) if together else parameters.unbind(-1)
+
+
+def _times(fresh: Tensor, factor: Tensor | float) -> Tensor:
+    """A product, in the memory of its first factor where no gradient is wanted."""
+    # a compiler knows itself what it need not keep
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return fresh * factor
+    return fresh.mul_(factor)
 
 
 def _like(values: Tensor, other: Tensor) -> Tensor:

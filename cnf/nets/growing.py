@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +16,13 @@ from cnf.arrays import Array
 # Multiplications in a product up to which NumPy is done before torch has started; from a few times
 # as many on NumPy would have threads of its own, which keep torch's waiting.
 LARGE = 1 << 17
+
+
+class Activate(Protocol):
+    """An activation of arrays, whose result may go where its values were."""
+
+    def __call__(self, values: Array, /, out: Array | None = None) -> Array:
+        """Apply the activation."""
 
 
 class Growing:
@@ -57,34 +66,66 @@ class GrowingArray:
     """
 
     def __init__(self, weight: Array, head: Array, units: list[int], inputs: list[int]):
-        self.weight = weight
-        self.units = [*itertools.accumulate(units, initial=0)]
-        self.inputs = [*itertools.accumulate(inputs, initial=len(head))]
         self.known = np.empty((weight.shape[1], head.shape[1]), weight.dtype)
         self.known[: len(head)] = head
+        rows = [*accumulate(units, initial=0)]
+        ends = [*accumulate(inputs, initial=len(head))]
+        self.slots = [self.known[a:b] for a, b in pairwise(ends)]
+        self.knowns = [self.known[:end] for end in ends[1:]]
+        self.weights = [weight[a:b, :c] for a, b, c in zip(rows, rows[1:], ends[1:], strict=False)]
         self.product = _product if max(units) * self.known.size > LARGE else np.ndarray.dot
 
     def __call__(self, level: int, new: Array) -> Array:
         """Take a level's inputs ``(n, batch)`` and return its units."""
-        last = self.inputs[level + 1]
-        known = self.known[:last]
-        known[self.inputs[level] :] = new
-        return self.product(self.weight[self.units[level] : self.units[level + 1], :last], known)
+        self.slots[level][...] = new
+        return self.product(self.weights[level], self.knowns[level])
 
 
-def _product(weight: Array, values: Array) -> Array:
+def chained(layers: Sequence[GrowingArray], activate: Activate) -> Callable[[int, Array], Array]:
+    """Plain layers as one function of a level and its inputs, which gives the last one's units.
+
+    A layer's units are computed where the next one takes them from.
+    """
+    links = [
+        (layer.product, [*zip(layer.weights, layer.knowns, after.slots, strict=True)])
+        for layer, after in pairwise(layers)
+    ]
+    slots, last = layers[0].slots, layers[-1]
+
+    def run(level: int, new: Array) -> Array:
+        slots[level][...] = new
+        for product, levels in links:
+            weight, known, units = levels[level]
+            if len(units):
+                product(weight, known, out=units)
+                activate(units, out=units)
+        return last.product(last.weights[level], last.knowns[level])
+
+    return run
+
+
+def _product(weight: Array, values: Array, out: Array | None = None) -> Array:
     """A large matrix product."""
-    return torch.mm(torch.from_numpy(weight), torch.from_numpy(values)).numpy()
+    result = None if out is None else torch.from_numpy(out)
+    return torch.mm(torch.from_numpy(weight), torch.from_numpy(values), out=result).numpy()
 
 
-def of_arrays(activation: nn.Module) -> Callable[[Array], Array]:
-    """An activation module as a function of arrays.
+def of_arrays(activation: nn.Module, dtype: Any = float) -> Activate:
+    """An activation module as a function of arrays of a dtype.
 
     >>> of_arrays(nn.ReLU())(np.array([-1.0, 2.0]))
     array([0., 2.])
     """
     if isinstance(activation, nn.ReLU):
-        return lambda values: np.maximum(values, 0.0)
+        # NumPy takes as long to make an array of a number as to compare some hundreds
+        return partial(np.maximum, np.zeros((), dtype))
     if isinstance(activation, nn.Tanh):
         return np.tanh
-    return lambda values: activation(torch.from_numpy(values)).numpy()
+
+    def apply(values: Array, out: Array | None = None) -> Array:
+        result = activation(torch.from_numpy(values)).numpy()
+        if out is not None:
+            out[...] = result
+        return result
+
+    return apply

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from cnf.arrays import Array, fits_arrays
 from cnf.nets.activations import activation as make_activation
-from cnf.nets.growing import Growing, GrowingArray, of_arrays
-from cnf.nets.mlp import by_parameter, layer_widths, required, side_by_side, wire
+from cnf.nets.growing import Growing, GrowingArray, chained, of_arrays
+from cnf.nets.mlp import by_parameter, layer_widths, required, side_by_side, unwatched, wire
 from cnf.nets.products import linear
 
 
@@ -26,6 +26,7 @@ class MaskedLinear(nn.Linear):
     """
 
     mask: Tensor
+    full = False
 
     def __init__(self, mask: Tensor, zero: bool = False):
         super().__init__(mask.shape[1], mask.shape[0])
@@ -36,15 +37,22 @@ class MaskedLinear(nn.Linear):
             bound = self.mask.sum(1).clamp(min=1).rsqrt() * (not zero)
             self.weight.uniform_(-1, 1).mul_(bound.unsqueeze(1))
             self.bias.uniform_(-1, 1).mul_(bound)
+        _look(self)
+        self.register_load_state_dict_post_hook(_look)
 
     @property
     def masked_weight(self) -> Tensor:
         """W ∘ M."""
-        return self.weight * self.mask
+        return self.weight if self.full else self.weight * self.mask
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
         return linear(x, self.masked_weight, self.bias)
+
+
+def _look(layer: MaskedLinear, _: object = None) -> None:
+    """Note whether nothing is masked, also after loading: the mask travels with the state."""
+    layer.full = bool(layer.mask.all())
 
 
 class MADE(nn.Module):
@@ -175,7 +183,8 @@ class MADE(nn.Module):
                 return value
             return value + (shift.unflatten(-1, value.shape[-2:]) if last == 0 else shift)
 
-        result = wire(x, apply, len(layers), self.activation, self.residual)
+        activate = self.activation if self.residual else unwatched(self.activation, layers)
+        result = wire(x, apply, len(layers), activate, self.residual)
         return result if self.direct is None else result + self._ending(self.direct, x)
 
     def autoregress(
@@ -210,18 +219,15 @@ class MADE(nn.Module):
             >>> torch.allclose(x, z + made(x)[..., 0], atol=1e-5)
             True
         """
+        given = [z] if context is None else [z, context]
+        if array_step is not None and fits_arrays(*given, *self._numbers()):
+            return self._autoregress_arrays(array_step, z, context)
         rows = z.reshape(math.prod(z.shape[:-1]), self.features).t()
         if not self._natural:
             rows = rows.index_select(0, self.order)
-        given = [z] if context is None else [z, context]
-        if array_step is not None and fits_arrays(*given, *self.parameters()):
-            arrays = self._growing_arrays(context, rows.shape[1])
-            with np.errstate(all="ignore"):  # torch does not warn of infinities either
-                found = self._grow(array_step, rows.contiguous().numpy(), arrays)
-            rows = torch.from_numpy(np.concatenate(found))
-        else:
-            layers = self._growing(context, rows.shape[1])
-            rows = torch.cat(self._grow(step, rows.contiguous(), layers))
+        layers = self._growing(context, rows.shape[1])
+        network = self._wired(layers, self.activation)
+        rows = torch.cat(self._grow(step, rows.contiguous(), network))
         if not self._natural:
             rows = rows.index_select(0, self.place)
         return rows.t().contiguous().view(z.shape)
@@ -230,41 +236,63 @@ class MADE(nn.Module):
         """Sizes, and the number of steps that ``autoregress`` takes."""
         return f"features={self.features}, outputs={self.outputs}, passes={len(self._counts)}"
 
-    def _grow(self, step: Callable[[Any, Any], Any], rows: Any, layers: list[Any]) -> list[Any]:
+    def _autoregress_arrays(
+        self, step: Callable[[Array, Array], Array], z: Tensor, context: Tensor | None
+    ) -> Tensor:
+        """``autoregress`` in arrays."""
+        rows = z.detach().reshape(math.prod(z.shape[:-1]), self.features).numpy().T
+        layers = self._growing_arrays(context, rows.shape[1])
+        activate = of_arrays(self.activation, rows.dtype)
+        plain = not self.residual and self.direct is None
+        network = chained(layers, activate) if plain else self._wired(layers, activate)
+        rows = np.ascontiguousarray(self._sorted(rows, 1))
+        with np.errstate(all="ignore"):  # torch does not warn of infinities either
+            found = np.concatenate(self._grow(step, rows, network))
+        if not self._natural:
+            found = found[self.place.numpy()]
+        return torch.from_numpy(np.ascontiguousarray(found.T)).view(z.shape)
+
+    def _grow(
+        self, step: Callable[[Any, Any], Any], rows: Any, network: Callable[[int, Any], Any]
+    ) -> list[Any]:
         """The values of each level, all tensors or all arrays.
 
         Args:
             step: as in ``autoregress``.
             rows: of z, in order.
-            layers: the direct one last.
+            network: from a level and its inputs to the outputs that are known then.
         """
         batch = rows.shape[1]
-        tensors = isinstance(rows, Tensor)
-        activate: Any = self.activation if tensors else of_arrays(self.activation)
         found: list[Any] = []
         new, first = rows[:0], 0
-        depth = len(self.layers)
-
-        def grow(index: int, value: Any) -> Any:
-            return layers[index](level, value)
-
-        for level in range(len(self._counts)):
-            count = self._counts[level]
-            result = wire(new, grow, depth, activate, self.residual)
-            if depth < len(layers):
-                result = result + grow(depth, new)
-            outputs = result.reshape(count, self.outputs, batch).swapaxes(1, 2)
+        for level, count in enumerate(self._counts):
+            outputs = network(level, new).reshape(count, self.outputs, batch).swapaxes(1, 2)
             found.append(step(rows[first : first + count], outputs))
             first += count
             new = self._column_rows(found[-1])
         return found
+
+    def _wired(
+        self, layers: Sequence[Callable[[int, Any], Any]], activate: Callable[[Any], Any]
+    ) -> Callable[[int, Any], Any]:
+        """The network of growing layers, the direct one last."""
+        depth = len(self.layers)
+
+        def run(level: int, new: Any) -> Any:
+            def grow(index: int, value: Any) -> Any:
+                return layers[index](level, value)
+
+            result = wire(new, grow, depth, activate, self.residual)
+            return result + grow(depth, new) if depth < len(layers) else result
+
+        return run
 
     def _growing(self, context: Tensor | None, batch: int) -> list[Growing]:
         """The layers, the direct one last, with their units sorted by when they become known."""
         shift = self._context_shift(context)
         layers = []
         for index, layer in enumerate(self._all_layers):
-            weight, inputs = self._columns_by_level(index)
+            weight, inputs = self._columns_by_level(index, layer.masked_weight)
             bias = layer.bias.unsqueeze(1)
             if index == 0 and shift is not None:
                 bias = bias + shift.reshape(batch, layer.out_features).t()
@@ -274,35 +302,40 @@ class MADE(nn.Module):
 
     def _growing_arrays(self, context: Tensor | None, batch: int) -> list[GrowingArray]:
         """The same layers for arrays."""
-        ones = np.ones((1, batch), self._all_layers[0].bias.numpy().dtype)
         layers = []
         for index, layer in enumerate(self._all_layers):
-            weight, inputs = self._columns_by_level(index)
-            head, weights = ones, [layer.bias.unsqueeze(1), weight]
+            weight, inputs = self._columns_by_level(index, layer.masked_weight.detach().numpy())
+            bias = layer.bias.detach().numpy()[:, None]
+            head, weights = np.ones((1, batch), weight.dtype), [bias, weight]
             if index == 0 and self.context_layer is not None:
-                seen = required(context, self.context_features).numpy()
-                head = np.concatenate([ones, seen.reshape(batch, self.context_features).T])
-                weights.insert(1, self.context_layer.weight)
-            weight = self._rows_by_level(index, torch.cat(weights, 1))
-            layers.append(GrowingArray(weight.numpy(), head, self._rows[index], inputs))
+                seen = required(context, self.context_features).detach().numpy()
+                head = np.concatenate([head, seen.reshape(batch, self.context_features).T])
+                weights.insert(1, self.context_layer.weight.detach().numpy())
+            weight = self._rows_by_level(index, np.concatenate(weights, 1))
+            layers.append(GrowingArray(weight, head, self._rows[index], inputs))
         return layers
+
+    def _numbers(self) -> list[Tensor]:
+        """The parameters; torch takes longer to collect them."""
+        layers: list[nn.Linear] = [*self._all_layers]
+        numbers = [number for layer in layers for number in (layer.weight, layer.bias)]
+        return numbers if self.context_layer is None else [*numbers, self.context_layer.weight]
 
     @property
     def _all_layers(self) -> list[MaskedLinear]:
         """The layers, the direct one last."""
         return [*self.layers] if self.direct is None else [*self.layers, self.direct]
 
-    def _columns_by_level(self, index: int) -> tuple[Tensor, list[int]]:
+    def _columns_by_level(self, index: int, weight: Any) -> tuple[Any, list[int]]:
         """A layer's masked weight, columns sorted, and how many of them come in at each level."""
-        weight = self._all_layers[index].masked_weight
         if 0 < index < len(self.layers):
             return weight, self._rows[index - 1]
         size = 1 if self.period is None else 2
         # a level takes the features of the level before; what the last one finds feeds nothing
         inputs = [0, *(size * count for count in self._counts[:-1])]
-        return self._sorted(weight.t(), size).t()[:, : sum(inputs)], inputs
+        return self._sorted(weight.T, size).T[:, : sum(inputs)], inputs
 
-    def _rows_by_level(self, index: int, rows: Tensor) -> Tensor:
+    def _rows_by_level(self, index: int, rows: Any) -> Any:
         """Rows for a layer's units, sorted by when they become known."""
         return rows if index < len(self.layers) - 1 else self._sorted(rows, self.outputs)
 
@@ -328,12 +361,14 @@ class MADE(nn.Module):
             return self._columns(values.t()).t()
         return self._columns(torch.from_numpy(values).t()).t().numpy()
 
-    def _sorted(self, rows: Tensor, size: int) -> Tensor:
-        """Rows ``(features · size, n)`` with the features in order."""
+    def _sorted(self, rows: Any, size: int) -> Any:
+        """Rows ``(features · size, n)`` with the features in order, a tensor or an array."""
         if self._natural:
             return rows
-        blocks = rows.unflatten(0, (self.features, size))
-        return blocks.index_select(0, self.order).flatten(0, 1)
+        blocks = rows.reshape(self.features, size, rows.shape[1])
+        if isinstance(rows, Tensor):
+            return blocks.index_select(0, self.order).flatten(0, 1)
+        return blocks[self.order.numpy()].reshape(rows.shape)
 
     def _context_shift(self, context: Tensor | None) -> Tensor | None:
         """What the context adds to the first layer, ``(*batch, units)``."""

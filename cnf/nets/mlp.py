@@ -86,7 +86,8 @@ class MLP(nn.Module):
                 return layer(value)
             return by_parameter(value, layer.weight, layer.bias, self.size)
 
-        return wire(x, apply, len(layers), self.activation, self.residual)
+        activate = self.activation if self.residual else unwatched(self.activation, layers)
+        return wire(x, apply, len(layers), activate, self.residual)
 
 
 def layer_widths(inputs: int, hidden: Sequence[int], outputs: int, residual: bool) -> list[int]:
@@ -125,6 +126,30 @@ def wire(
         for index in range(last):
             value = activate(linear(index, value))
     return linear(last, value)
+
+
+def unwatched(activation: nn.Module, layers: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
+    """An activation of what the layers return, in place where it can be and nobody sees it.
+
+    ReLU's derivative is taken from its result. A hook may keep what a layer returns, and a layer
+    that is not linear may need it for its own derivative.
+    """
+    if type(activation) is not nn.ReLU or torch.compiler.is_compiling():
+        return activation
+    linear = all(isinstance(layer, nn.Linear) for layer in layers)
+    if not linear or any(_watched(module) for module in (activation, *layers)):
+        return activation
+    return torch.relu_
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether a module has hooks of its own that see what it takes or returns."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def side_by_side(size: int) -> bool:

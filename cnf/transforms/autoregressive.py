@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,12 +53,14 @@ class Autoregressive(Transform):
     ) -> Mapped:
         """Map z to x, feature by feature."""
         self._check(z)
+        wanted = request is None or request.log_det
         terms: list[Any] = []
 
         def keeping(function: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], Any]:
             def step(part: Any, parameters: Any) -> Any:
                 value, term = function(part, parameters)
-                terms.append(term)
+                if wanted:
+                    terms.append(term)
                 return value
 
             return step
@@ -67,10 +70,13 @@ class Autoregressive(Transform):
             keeping(scalar_map.forward), z, context, keeping(scalar_map.forward_array)
         )
         batch = z.shape[:-1]
-        if request is not None and not request.log_det:
+        if not wanted:
             return Mapped(x, x.new_full(batch, math.nan), {})
-        rows = [torch.as_tensor(term) for term in terms]
-        return Mapped(x, torch.cat(rows).sum(0).view(batch), {})
+        if isinstance(terms[0], Tensor):
+            log_det = torch.cat(terms).sum(0)
+        else:
+            log_det = torch.from_numpy(np.concatenate(terms).sum(0))
+        return Mapped(x, log_det.view(batch), {})
 
     def inverse(
         self, x: Tensor, context: Tensor | None = None, request: Request | None = None

@@ -304,6 +304,22 @@ def test_arrays_are_mapped_alike(scalar_map, dtype):
         torch.testing.assert_close(torch.from_numpy(one), other)
 
 
+@every
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_without_gradient_the_same_and_nothing_given_is_overwritten(scalar_map, direction):
+    count = 1 << 11  # so many that arrays stand in for some formulas
+    value = start(scalar_map, direction, count, torch.float32)
+    parameters = numbers(scalar_map, (count,), torch.float32)
+    given = value.clone(), parameters.clone()
+    expected = getattr(scalar_map, direction)(value, parameters.clone().requires_grad_())
+    with torch.no_grad():
+        found = getattr(scalar_map, direction)(value, parameters)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other.detach(), atol=1e-5, rtol=1e-5)
+    assert torch.equal(value, given[0])
+    assert torch.equal(parameters, given[1])
+
+
 def test_functorch_and_compile():
     spline = RationalQuadratic(bins=4)
     value = draw(spline.domain, 7, torch.float64)

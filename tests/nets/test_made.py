@@ -5,6 +5,7 @@ import torch
 from torch.autograd.functional import jacobian
 
 from cnf.nets import MADE, MaskedLinear
+from cnf.nets.growing import _product
 
 GRAPH = torch.tensor(
     [[0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0]]
@@ -95,6 +96,25 @@ def test_float32_agrees_to_rounding(activation, grad):
     assert x.dtype == torch.float32
     assert x.is_contiguous()
     torch.testing.assert_close(x, affine(z, made(x)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_large_products_in_arrays_agree_too(activation):
+    made = MADE(2, 2, zero_last=False, activation=activation)
+    z = torch.randn(512, 2)
+    with torch.no_grad():
+        assert any(layer.product is _product for layer in made._growing_arrays(None, 512))
+        x = made.autoregress(affine, z, array_step=affine_array)
+        torch.testing.assert_close(x, affine(z, made(x)), atol=1e-5, rtol=1e-5)
+
+
+def test_full_masks_are_known_also_after_loading():
+    full, masked = MaskedLinear(torch.ones(4, 3).bool()), MaskedLinear(torch.eye(4, 3).bool())
+    assert full.full
+    assert not masked.full
+    full.load_state_dict(masked.state_dict())
+    assert torch.equal(full.masked_weight, masked.weight * torch.eye(4, 3))
+    assert torch.equal(full(torch.ones(3)), masked(torch.ones(3)))
 
 
 def test_arrays_stand_in_only_where_they_can():

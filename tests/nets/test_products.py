@@ -34,3 +34,33 @@ def test_layers_are_called_with_their_hooks(build):
         layer.register_forward_hook(lambda layer, *_: seen.append(layer))
     net(torch.randn(5, 2))
     assert seen == [*net.layers]
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("network", ["mlp", "made"])
+def test_hooks_see_layers_as_they_return_and_change_no_gradient(network, residual):
+    torch.manual_seed(0)
+    sizes = {"hidden": (8, 8), "residual": residual, "zero_last": False}
+    net = MLP(3, 6, **sizes) if network == "mlp" else MADE(3, 2, **sizes)
+    x = torch.randn(5, 3, requires_grad=True)
+    wanted = [x, *net.parameters()]
+    expected = torch.autograd.grad(net(x).sin().sum(), wanted)
+    seen, passed, called = [], [], []
+    for layer in net.layers:
+        layer.register_forward_hook(lambda layer, _, value: seen.append(value))
+        layer.register_full_backward_hook(lambda layer, *_: passed.append(layer))
+    net.activation.register_forward_hook(lambda activation, *_: called.append(activation))
+    found = torch.autograd.grad(net(x).sin().sum(), wanted)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert bool((seen[0] < 0).any())  # before the activation
+    assert passed == [*net.layers][::-1]
+    assert called == [net.activation] * (4 if residual else 2)
+
+
+def test_relu_leaves_alone_what_is_not_a_linear_layers_own():
+    net = MLP(4, 1, hidden=(4, 4))
+    net.layers[0] = nn.Identity()
+    x = torch.randn(5, 4)
+    before = x.clone()
+    net(x)
+    assert torch.equal(x, before)

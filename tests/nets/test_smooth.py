@@ -65,3 +65,17 @@ def test_quick_tanh_of_many_numbers_compiles(dtype):
     h = torch.linspace(-9, 9, 1 << 16, dtype=dtype)
     found = torch.compile(quick_tanh, backend="aot_eager", fullgraph=True)(h)
     torch.testing.assert_close(found, torch.tanh(h), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [5, 5000])
+def test_tanh_takes_memory_only_where_it_may(count):
+    h = torch.linspace(-3, 3, count)
+    kept = h.clone()
+    with torch.no_grad():
+        y = quick_tanh(h)
+        assert torch.equal(h, kept)
+        assert quick_tanh(h, reuse=True).data_ptr() == h.data_ptr()
+    assert torch.equal(h, y)
+    kept.requires_grad_()
+    torch.testing.assert_close(quick_tanh(kept, reuse=True), y)
+    assert kept[0] == -3
