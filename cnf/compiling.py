@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_map_only
 
 T = TypeVar("T")
 
-CONTRACTION = "cpp.enable_floating_point_contract_flag"
 # modes that take CUDA graphs, where there is CUDA
 GRAPHED = ("reduce-overhead", "max-autotune")
 # torch's name for keeping on disk what it made of a function with a derivative of its own, such as
@@ -80,16 +79,20 @@ def settings(constants: bool = False) -> Iterator[None]:
 
     Every compiled function says so for itself; around many calls, once takes less time.
     """
-    patches = [
-        torch._dynamo.config.patch(trace_autograd_ops=True, specialize_float=constants),
+    wanted = [
+        (torch._dynamo.config, "trace_autograd_ops", True),
+        (torch._dynamo.config, "specialize_float", constants),
         # a product and a sum as one instruction: a third off a kernel with a tanh in it
-        torch._inductor.config.patch({CONTRACTION: "fast"}),
+        (torch._inductor.config.cpp, "enable_floating_point_contract_flag", "fast"),
     ]
     if hasattr(torch._functorch.config, CACHED):
-        patches.append(torch._functorch.config.patch(CACHED, True))
+        wanted.append((torch._functorch.config, CACHED, True))
+    before = [getattr(config, name) for config, name, _ in wanted]
     with contextlib.ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(patch)
+        for (config, name, value), old in zip(wanted, before, strict=True):
+            # torch's own ``patch`` takes several times as long
+            setattr(config, name, value)
+            stack.callback(setattr, config, name, old)
         # a compiler hides its warnings of its own making from people, but not from filters that
         # turn warnings into errors: looks at ``.grad``, calls of what torch will soon do without,
         # the graph without nodes that torch captures first of all
