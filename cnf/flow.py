@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cnf.compiling import compiled
+from cnf.compiling import compiled, in_columns
 from cnf.distributions import Base, as_shape
 from cnf.registry import Recipe
 from cnf.storage import save
@@ -307,9 +307,11 @@ class Flow(nn.Module):
         return Mapped(z, self.base.log_prob(z, seen) + log_det, costs)
 
     def _run_inverse(self, x: Tensor, seen: Tensor | None, request: Request | None) -> Mapped:
+        x = in_columns(x)
         return compose(x, (self.scaling.inverse, self.transform.inverse), seen, request)
 
     def _run_forward(self, z: Tensor, seen: Tensor | None, request: Request | None) -> Mapped:
+        z = in_columns(z)
         return compose(z, (self.transform.forward, self.scaling.forward), seen, request)
 
     def _seen(self, context: Tensor | None) -> Tensor | None:

@@ -1,10 +1,12 @@
-"""Products with matrices of few columns, in the orientation that BLAS is fast in."""
+"""Linear maps, in the orientation that BLAS is fast in."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
+
+from cnf.compiling import by_columns
 
 # Columns below which a product can take several times as long as its transpose; MKL's did from 2
 # to 8 columns (`python -m benchmarks products`), one column being a matter of its own.
@@ -29,6 +31,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> linear(torch.ones(5, 2), torch.ones(3, 2)).shape
         torch.Size([5, 3])
     """
+    if x.dim() == 2 and x.device.type == "cpu" and by_columns():
+        columns = weight @ x.t()
+        # minus, because compilers make a sum part of the product, which writes the bias out first
+        return columns.t() if bias is None else (columns - (-bias).unsqueeze(-1)).t()
     inputs = weight.shape[1]
     few = 1 < inputs < FEW and torch.is_grad_enabled()
     if few and (torch.compiler.is_compiling() or x.numel() >= MANY * inputs):

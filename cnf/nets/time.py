@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cnf.compiling import realized
 from cnf.nets.products import linear
 
 
@@ -115,7 +116,7 @@ class TimeLayers(nn.Module, ABC):
             t = t[..., :1]  # one time along the whole axis: what follows from it is computed once
         weights, gate, shift = self.coefficients(t)
         if not fold:
-            gate, shift = (None if gate is None else _made(gate)), _made(shift)
+            gate, shift = (None if gate is None else realized(gate)), realized(shift)
         if self.from_context is not None and context is not None:
             shift = shift + self.from_context(context)
         shifts = shift.split(self.sizes[1:], -1)
@@ -216,11 +217,6 @@ class Blend(TimeLayers):
             for start, end in zip(self.weights, self.end.weights, strict=True)
         ]
         return Coefficients(weights, None, torch.addcmul(self.bias, self.end.bias - self.bias, t))
-
-
-def _made(coefficients: Tensor) -> Tensor:
-    """What a compiler computes here, and not again for every sample: views are of memory only."""
-    return coefficients.as_strided(coefficients.shape, coefficients.stride())
 
 
 TIME_LAYERS: dict[str, type[TimeLayers]] = {
