@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import gc
 import importlib.util
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ import cnf
 from benchmarks import continuous, harness, reference
 from benchmarks.continuous import ALONE, EXACT, FFJORD, HIDDEN, TOLERANCE, Step
 from cnf.nets import TimeMLP
+
+T = TypeVar("T")
 
 STEPS: dict[str, Any] = {"rtol": TOLERANCE, "atol": TOLERANCE, "norm": "batch"}
 COMPILED: dict[str, dict[str, Any]] = {
@@ -37,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gradients",
         nargs="+",
         choices=("adjoint", "checkpoint"),
-        default=["adjoint", "checkpoint"],
+        default=["checkpoint", "adjoint"],
         help="which of ours are compiled",
     )
     parser.add_argument("--rounds", type=int)
@@ -53,35 +56,48 @@ def run(options: argparse.Namespace) -> None:
         sys.exit("python -m benchmarks gpu needs a CUDA device, and PyTorch sees none here")
     rounds = options.rounds or {"quick": 3, "usual": 10, "full": 30}[options.effort]
     for features in options.features:
-        tables = []
         field, data = continuous.trained(features)
         field, x = copy.deepcopy(field).to(device), data[: options.batch].to(device)
-        tables.append(training_steps(field, x, rounds, options.gradients))
-        # what is known so far, in case the rest is interrupted
-        harness.write(f"gpu-{features}", tables, options.out, quiet=True)
-        tables.append(densities(field, x, rounds))
-        harness.write(f"gpu-{features}", tables, options.out)
+
+        def save(*tables: dict[str, Any], name: str = f"gpu-{features}") -> None:
+            harness.write(name, tables, options.out, quiet=True)
+
+        steps = training_steps(field, x, rounds, options.gradients, save)
+        save(steps)
+        scores = densities(field, x, rounds)
+        harness.write(f"gpu-{features}", [steps, scores], options.out)
 
 
 def training_steps(
-    field: TimeMLP, x: Tensor, rounds: int, gradients: Sequence[str]
+    field: TimeMLP,
+    x: Tensor,
+    rounds: int,
+    gradients: Sequence[str],
+    save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Everyone's likelihood training step, with the memory that it takes."""
+    """Everyone's likelihood training step, with the memory that it takes.
+
+    Compiling takes minutes of a device that may be lent for few: what is known is saved after
+    every entrant.
+    """
     truth = continuous.ours(field, x.double(), None, EXACT).look()
-    calls, notes = {}, {}
+    calls: dict[str, Callable[[], object]] = {}
+    notes: dict[str, dict[str, Any]] = {}
     for name, step in everyone(field, x, gradients):
-        start = time.perf_counter()
-        step.call()
-        wait(x)
-        first = time.perf_counter() - start
-        found = step.look()
+        first = seconds(step.call, x)
+        found, memory = peak(step.look, x)
+        gc.collect()  # of what compiling leaves, which would otherwise fall into some later call
+        second = seconds(step.call, x)
         notes[name] = {
             **continuous.compared(found, truth),
-            "peak MB": None if "diffrax" in name else peak(step.call, x),
+            "peak MB": None if "diffrax" in name else memory,
             "first call s": first,
         }
         calls[name] = step.call
-        harness.say(f"D = {field.features}, {name}: first call {first:.1f} s")
+        harness.say(f"D = {field.features}, {name}: first {first:.1f} s, later {second:.4f} s")
+        notes[name]["one call ms"] = 1e3 * second
+        early = [{"": other, **notes[other]} for other in calls]
+        save(harness.table(f"So far, D = {field.features}, batch {len(x):,}", early))
     work = notes["cnf checkpoint"]["NFE"], notes["cnf checkpoint"]["NFE backward"]
     tangents = field.features if field.features < HIDDEN[0] // 2 else None
     calls[ALONE] = captured(continuous.alone(field, x, tangents, *work), x)
@@ -97,8 +113,10 @@ def densities(field: TimeMLP, x: Tensor, rounds: int) -> dict[str, Any]:
         truth = exact.log_prob(x.double())
     for name, log_prob in scorers(field):
         scored = torch.no_grad()(lambda log_prob=log_prob: log_prob(x))
-        error = (scored().double() - truth).abs().quantile(0.99)
-        notes[name] = {"error": float(error), "peak MB": peak(scored, x)}
+        scored()
+        found, memory = peak(scored, x)
+        error = (found.double() - truth).abs().quantile(0.99)
+        notes[name] = {"error": float(error), "peak MB": memory}
         calls[name] = scored
         harness.say(f"D = {field.features}, {name}: log_prob")
     return _table("Log-density with exact trace", calls, notes, field, x, rounds)
@@ -126,14 +144,14 @@ def _table(
 def everyone(field: TimeMLP, x: Tensor, gradients: Sequence[str]) -> Iterator[tuple[str, Step]]:
     """All who train."""
     yield FFJORD, continuous.plain(field, x, None)
-    modes = {mode: {} for mode in ("adjoint", "checkpoint", "backprop")}
-    for said, option in COMPILED.items():
-        modes |= {f"{mode}, {said}": option for mode in gradients}
+    if harness.installed("zuko"):
+        yield "zuko's solver", continuous.zuko_step(field, x)
+    modes: dict[str, dict[str, Any]] = {mode: {} for mode in ("adjoint", "checkpoint", "backprop")}
+    for mode in gradients:
+        modes |= {f"{mode}, {said}": option for said, option in COMPILED.items()}
     for mode, option in modes.items():
         solver = cnf.Solver(gradient=mode.partition(",")[0], **option, **STEPS)
         yield f"cnf {mode}", continuous.ours(field, x, None, solver)
-    if harness.installed("zuko"):
-        yield "zuko's solver", continuous.zuko_step(field, x)
     if has_jax(x):
         yield "diffrax checkpoint, jit", continuous.diffrax_step(field, x, None, "checkpoint")
 
@@ -179,16 +197,25 @@ def captured(call: Callable[[], None], x: Tensor) -> Callable[[], object]:
     return graph.replay
 
 
-def peak(call: Callable[[], object], x: Tensor) -> float | None:
-    """The most memory that a call holds on its device beyond what was there before, in MB."""
+def seconds(call: Callable[[], object], x: Tensor) -> float:
+    """What one call takes."""
+    wait(x)
+    start = time.perf_counter()
+    call()
+    wait(x)
+    return time.perf_counter() - start
+
+
+def peak(call: Callable[[], T], x: Tensor) -> tuple[T, float | None]:
+    """A result, and the most memory that it took beyond what was there before, in MB."""
     if x.device.type != "cuda":
-        return None
+        return call(), None
     wait(x)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    call()
+    found = call()
     wait(x)
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
+    return found, (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def wait(x: Tensor) -> None:
