@@ -17,9 +17,6 @@ T = TypeVar("T")
 
 # modes that take CUDA graphs, where there is CUDA
 GRAPHED = ("reduce-overhead", "max-autotune")
-# torch's name for keeping on disk what it made of a function with a derivative of its own, such as
-# the rational tanh: a torch that has it does not compile such code again in every process
-CACHED = "autograd_cache_allow_custom_autograd_functions"
 
 
 def compiled(
@@ -80,14 +77,17 @@ def settings(constants: bool = False) -> Iterator[None]:
 
     Every compiled function says so for itself; around many calls, once takes less time.
     """
-    wanted = [
-        (torch._dynamo.config, "trace_autograd_ops", True),
-        (torch._dynamo.config, "specialize_float", constants),
+    dynamo, functorch = torch._dynamo.config, torch._functorch.config
+    known = [
+        (dynamo, "trace_autograd_ops", True),
+        (dynamo, "specialize_float", constants),
+        # torch's name for keeping on disk what it made of a function with a derivative of its own,
+        # such as the rational tanh: or else it compiles such code again in every process
+        (functorch, "autograd_cache_allow_custom_autograd_functions", True),
         # a product and a sum as one instruction: a third off a kernel with a tanh in it
         (torch._inductor.config.cpp, "enable_floating_point_contract_flag", "fast"),
     ]
-    if hasattr(torch._functorch.config, CACHED):
-        wanted.append((torch._functorch.config, CACHED, True))
+    wanted = [setting for setting in known if hasattr(*setting[:2])]
     before = [getattr(config, name) for config, name, _ in wanted]
     with contextlib.ExitStack() as stack:
         for (config, name, value), old in zip(wanted, before, strict=True):
@@ -107,7 +107,8 @@ def settings(constants: bool = False) -> Iterator[None]:
 
 def _settled(constants: bool) -> bool:
     config = torch._dynamo.config
-    return config.trace_autograd_ops and config.specialize_float is constants
+    told = getattr(config, "trace_autograd_ops", False)
+    return told and config.specialize_float is constants
 
 
 def realized(values: Tensor) -> Tensor:

@@ -62,13 +62,15 @@ def check(member: Member, backend: str) -> None:
     parameters = [p for p in flow.parameters() if p.requires_grad]
 
     def observe():
+        with torch.no_grad():  # compiled by columns
+            scores = flow.log_prob(x, context)
         log_prob = flow.log_prob(x, context)
         gradients = [None] * len(parameters)
         if log_prob.requires_grad:  # a permutation has nothing to train
             gradients = torch.autograd.grad(log_prob.sum(), parameters, allow_unused=True)
         shape = (5,) if context is None else ()
         samples = flow.sample(shape, context, generator=torch.Generator().manual_seed(0))
-        return [log_prob.detach(), samples, *[g for g in gradients if g is not None]]
+        return [scores, log_prob.detach(), samples, *[g for g in gradients if g is not None]]
 
     expected = observe()
     flow.compile(backend=backend)
@@ -102,3 +104,41 @@ def test_without_a_compiler_a_flow_runs_as_it_is_and_says_so(monkeypatch):
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
         flow.compile()
     assert torch.equal(flow.log_prob(x), plain)
+
+
+def test_what_compilers_are_told_ends_with_the_call():
+    def state():
+        inductor = torch._inductor.config.cpp.enable_floating_point_contract_flag
+        dynamo = torch._dynamo.config
+        return dynamo.trace_autograd_ops, dynamo.specialize_float, inductor
+
+    before, within = state(), []
+    run = compiling.compiled(lambda x: x + 1, backend="aot_eager", constants=True)
+    with compiling.settings(constants=True):
+        within.append(state())
+        run(torch.ones(3))
+    with pytest.raises(RuntimeError), compiling.settings():
+        torch.ones(3) @ torch.ones(2)
+    run(torch.ones(3))
+    assert within == [(True, True, "fast")]
+    assert state() == before
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (2, 3, 3), (3,)])
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [(cnf.maf, {"layers": 2}), (cnf.realnvp, {"layers": 2}), (cnf.ffjord, {"solver": COARSE})],
+    ids=["maf", "realnvp", "ffjord"],
+)
+def test_code_by_columns_takes_any_batch(build, options, shape):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    flow = build(3, context_features=2, hidden=(8, 8), **options).double()
+    x, context = torch.randn(shape).double(), torch.randn(2).double()
+    with torch.no_grad():
+        for parameter in flow.parameters():  # away from the identity
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        expected = flow.log_prob(x, context), flow.encode(x, context)
+        flow.compile(backend="aot_eager")
+        found = flow.log_prob(x, context), flow.encode(x, context)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)

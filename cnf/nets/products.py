@@ -15,13 +15,16 @@ FEW = 10
 MANY = 256
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, columns: bool = True
+) -> Tensor:
     """The linear map x Wᵀ + b, whose gradients are products as fast as itself.
 
     Args:
         x: ``(*batch, inputs)``.
         weight: ``(outputs, inputs)``.
         bias: ``(outputs,)``.
+        columns: compile it by columns where that pays; not where large products of rows follow.
 
     Returns:
         ``(*batch, outputs)``.
@@ -31,10 +34,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> linear(torch.ones(5, 2), torch.ones(3, 2)).shape
         torch.Size([5, 3])
     """
-    if x.dim() == 2 and x.device.type == "cpu" and by_columns():
-        columns = weight @ x.t()
+    if columns and x.dim() == 2 and x.device.type == "cpu" and by_columns():
+        value = weight @ x.t()
         # minus, because compilers make a sum part of the product, which writes the bias out first
-        return columns.t() if bias is None else (columns - (-bias).unsqueeze(-1)).t()
+        return value.t() if bias is None else (value - (-bias).unsqueeze(-1)).t()
     inputs = weight.shape[1]
     few = 1 < inputs < FEW and torch.is_grad_enabled()
     if few and (torch.compiler.is_compiling() or x.numel() >= MANY * inputs):

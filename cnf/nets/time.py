@@ -35,10 +35,10 @@ class Affine(NamedTuple):
     def apply(self, x: Tensor) -> Tensor:
         """Map points."""
         if self.gate is None and self.weight.dim() == 2 and self.shift.dim() == 1:
-            return linear(x, self.weight, self.shift)
+            return linear(x, self.weight, self.shift, columns=False)
         if self.gate is not None and self.weight.dim() == 2:
             # one pass over the batch instead of two
-            return torch.addcmul(self.shift, linear(x, self.weight), self.gate)
+            return torch.addcmul(self.shift, linear(x, self.weight, columns=False), self.gate)
         return self.linear(x) + self.shift
 
     def apply_columns(self, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class Affine(NamedTuple):
     def linear(self, u: Tensor) -> Tensor:
         """Map tangents: the same without the shift."""
         if self.weight.dim() == 2:
-            u = linear(u, self.weight)
+            u = linear(u, self.weight, columns=False)
         else:
             u = (self.weight @ u.unsqueeze(-1)).squeeze(-1)
         return u if self.gate is None else u * self.gate
