@@ -1,4 +1,4 @@
-"""``torch.compile`` as this package calls it."""
+"""``torch.compile`` as this package calls it, and how its code likes numbers to lie."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def realized(values: Tensor) -> Tensor:
 
 
 def by_columns() -> bool:
-    """Whether code is compiled that is fastest with samples as columns: on CPUs, without gradient.
+    """Whether this is compiled without a gradient: on a CPU fastest with samples as columns.
 
     Products of matrices are faster so, a bias costs no pass of its own, and the features of a part
     and the parameters of a kind lie side by side.

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import cnf
+from cnf import compiling
+from cnf.nets import TimeMLP
 from cnf.ode import (
     CompilationError,
     NonFiniteState,
@@ -246,6 +248,16 @@ def test_a_flow_hands_its_mode_to_its_steps():
     flow = cnf.ffjord(2, hidden=(8,)).compile(mode="reduce-overhead")
     assert flow.transform.solver.mode == "reduce-overhead"
     assert flow.compile(backend=BACKEND).transform.solver.backend == BACKEND
+
+
+def test_a_field_by_columns_takes_a_context_that_is_broadcast():
+    field = TimeMLP(2, (8,), context_features=3).double()
+    t, x = torch.tensor(0.3).double(), torch.randn(4, 5, 2).double()
+    run = compiling.compiled(field, backend=BACKEND)
+    with torch.no_grad():
+        for shape in ((4, 5, 3), (5, 3), (3,)):
+            context = torch.randn(shape).double()
+            torch.testing.assert_close(run(t, x, context), field(t, x, context))
 
 
 @pytest.mark.gpu
