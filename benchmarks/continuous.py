@@ -180,8 +180,9 @@ def alone(
     is differentiated has nine, four of them with one.
     """
     sizes = field.layers.sizes
-    inner_shapes = [(len(x), sizes[1], sizes[2] * sizes[3])]
-    if tangents is not None:
+    if tangents is None:
+        inner_shapes = [(len(x), sizes[1], sizes[2] * sizes[3])]
+    else:
         inner_shapes = [(tangents * len(x), *pair) for pair in pairwise(sizes[1:-1])]
     whole = _Products(x, [(len(x), *pair) for pair in pairwise(sizes)], len(sizes) - 2)
     inner = _Products(x, inner_shapes, 0)

@@ -6,7 +6,6 @@ import argparse
 import copy
 import dataclasses
 import gc
-import importlib.util
 import os
 import sys
 import time
@@ -158,7 +157,7 @@ def everyone(field: TimeMLP, x: Tensor, gradients: Sequence[str]) -> Iterator[tu
 
 def has_jax(x: Tensor) -> bool:
     """Whether diffrax is there, and its JAX computes on a device of the same kind."""
-    if importlib.util.find_spec("jax") is None or importlib.util.find_spec("diffrax") is None:
+    if not harness.installed("jax", "diffrax"):
         return False
     import jax
 

@@ -119,18 +119,19 @@ def realized(values: Tensor) -> Tensor:
     return values.as_strided(values.shape, values.stride())
 
 
-def by_columns() -> bool:
-    """Whether this is compiled without a gradient: on a CPU fastest with samples as columns.
+def by_columns(points: Tensor) -> bool:
+    """Whether this is compiled for a CPU without a gradient: fastest with samples as columns.
 
     Products of matrices are faster so, a bias costs no pass of its own, and the features of a part
     and the parameters of a kind lie side by side.
     """
-    return torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    on_cpu = points.device.type == "cpu"
+    return on_cpu and torch.compiler.is_compiling() and not torch.is_grad_enabled()
 
 
 def in_columns(points: Tensor) -> Tensor:
     """Points ``(rows, features)`` with each feature's numbers side by side, where that pays."""
-    if points.dim() != 2 or points.device.type != "cpu" or not by_columns():
+    if points.dim() != 2 or not by_columns(points):
         return points
     return realized(points.t().contiguous()).t()
 
