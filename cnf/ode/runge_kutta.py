@@ -1,8 +1,7 @@
 """Explicit Runge-Kutta methods: their tableaux, and one step of them.
 
-The tableaux of the adaptive methods are read from torchdiffeq, and the step control is the same
-(Hairer, Nørsett and Wanner, "Solving Ordinary Differential Equations I", section II.4), so that
-both give the same solution but for rounding; only the first step is longer.
+The tableaux of the adaptive methods are read from torchdiffeq, so that steps of the same sizes give
+the same solution but for rounding.
 """
 
 from __future__ import annotations

@@ -20,17 +20,22 @@ from cnf.ode.runge_kutta import Step, Steps, tableau
 from cnf.ode.solver import ADAPTIVE, Solver
 
 DEFAULT_STEPS = 40
+# keeps a quotient that is whole but for rounding from adding a step
+SLACK = 1e-5
 
 
 def grid(times: Sequence[float], step_size: float) -> list[float]:
     """The fixed grid: evenly spaced between neighbouring times, no step above ``step_size``."""
     points = [times[0]]
     for start, end in pairwise(times):
-        # the slack keeps a quotient that is whole but for rounding from adding a step
-        count = max(1, math.ceil(abs(end - start) / step_size - 1e-5))
+        count = _steps_between(start, end, step_size)
         points += [start + (end - start) * i / count for i in range(1, count)]
         points.append(end)
     return points
+
+
+def _steps_between(start: float, end: float, step_size: float) -> int:
+    return max(1, math.ceil(abs(end - start) / step_size - SLACK))
 
 
 @dataclasses.dataclass
@@ -112,22 +117,24 @@ def _adaptive(
         while time != target:
             size = min(size, largest)
             watch.step(time, y, size)
-            left = abs(target - time)
-            lands = size >= left
-            step = Step(time, sign * (left if lands else size))
+            # as many equal steps as the longest that is tolerated needs: a last one cut short would
+            # cost as much as a whole one, and the others would have been longer than they must
+            count = _steps_between(time, target, size)
+            step = Step(time, (target - time) / count)
             trial = taken.trial(step, y, slope)
             ratio = float(trial.ratio)
             factor = grow if ratio == 0 else min(grow, safety / ratio ** (1 / order))
+            longest = abs(step.size) * max(shrink, factor)
             if ratio <= 1:
                 watch.accept(time, y, step.size)
                 # a step cut short by a requested time says nothing against the longer one
-                size = max(size if lands else 0.0, abs(step.size) * max(1.0, factor))
-                yield step, trial.after, lands
-                time = target if lands else time + step.size
+                size = max(size, longest) if count == 1 else longest
+                yield step, trial.after, count == 1
+                time = target if count == 1 else time + step.size
                 y, slope = trial.after, trial.last
             else:
                 watch.reject(time, y, step.size)
-                size, slope = abs(step.size) * max(shrink, factor), trial.first
+                size, slope = longest, trial.first
 
 
 def _fixed(
