@@ -19,6 +19,7 @@ COMMANDS = {
     "images": "bits per dimension of images, and pictures of samples",
     "gradients": "exactness of likelihood gradients at training tolerances",
     "quadrature": "log-determinants by quadrature, and in the state",
+    "control": "the choice of steps, beside torchdiffeq's",
     "matching": "what flow matching's times and optimiser bring",
     "rnode": "what path costs save in evaluations, and their price",
     "accuracy": "numerical accuracy of trained flows",

@@ -388,7 +388,7 @@ def _accurate_enough(
     best = (math.inf, math.nan, getattr(entrant.truth, what))
     for tolerance in entrant.ladder:
         function = getattr(entrant.at(tolerance), what)
-        error = _error(function(points), truth)
+        error = error_99(function(points), truth)
         if error < best[0]:
             best = error, tolerance, function
         if error <= NATS:
@@ -397,7 +397,7 @@ def _accurate_enough(
     return lambda: function(points), {"tolerance": tolerance, "error": error}
 
 
-def _error(found: Any, truth: Tensor) -> float:
+def error_99(found: Any, truth: Tensor) -> float:
     """The 99th percentile of the errors; of a sample, of its worst coordinate."""
     away = (torch.as_tensor(found).double() - truth).abs()
     return float((away if away.dim() == 1 else away.amax(-1)).quantile(0.99))
