@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_map_only
 
 T = TypeVar("T")
 
+# a loop's body is part of what torch's cache on disk goes by, but has to be said to be
+CACHED = {"torch.ops.higher_order.while_loop": torch.__version__}
 # modes that take CUDA graphs, where there is CUDA
 GRAPHED = ("reduce-overhead", "max-autotune")
 
@@ -77,15 +79,20 @@ def settings(constants: bool = False) -> Iterator[None]:
 
     Every compiled function says so for itself; around many calls, once takes less time.
     """
-    dynamo, functorch = torch._dynamo.config, torch._functorch.config
+    dynamo, functorch, inductor = (
+        torch._dynamo.config,
+        torch._functorch.config,
+        torch._inductor.config,
+    )
     known = [
         (dynamo, "trace_autograd_ops", True),
         (dynamo, "specialize_float", constants),
         # torch's name for keeping on disk what it made of a function with a derivative of its own,
         # such as the rational tanh: or else it compiles such code again in every process
         (functorch, "autograd_cache_allow_custom_autograd_functions", True),
+        (inductor, "unsafe_marked_cacheable_functions", CACHED),
         # a product and a sum as one instruction: a third off a kernel with a tanh in it
-        (torch._inductor.config.cpp, "enable_floating_point_contract_flag", "fast"),
+        (inductor.cpp, "enable_floating_point_contract_flag", "fast"),
     ]
     wanted = [setting for setting in known if hasattr(*setting[:2])]
     before = [getattr(config, name) for config, name, _ in wanted]

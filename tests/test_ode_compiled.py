@@ -16,12 +16,15 @@ from cnf.ode import (
     CompilationError,
     NonFiniteState,
     Solver,
+    StepUnderflow,
     TooManySteps,
     UntrackedTensor,
     compiled,
     count_nfe,
     integrate,
 )
+from cnf.ode.compiled import CompiledSteps
+from cnf.transforms import Request
 from tests.test_ode_gradients import Problem, gradients
 
 BACKEND = "aot_eager"  # traced and differentiated as by Inductor, without its C++ compiler
@@ -116,6 +119,108 @@ def test_two_flows_of_one_kind_share_their_code():
         found = flow.log_prob(x)
         flow.transform.solver = plain
         torch.testing.assert_close(found, flow.log_prob(x))
+
+
+def looped(monkeypatch):
+    """The solves whose steps were one piece of code: where each came to."""
+    ends, arrive = [], CompiledSteps.arrive
+
+    def listening(self, y, points):
+        ends.append(arrive(self, y, points))
+        return ends[-1]
+
+    monkeypatch.setattr(CompiledSteps, "arrive", listening)
+    return ends
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("dopri5", {"norm": "batch"}), ("bosh3", {"min_step": 1e-4})],
+)
+def test_steps_in_a_loop_are_those_that_are_walked(method, options, monkeypatch):
+    torch.manual_seed(0)
+    plain = Solver(method, rtol=1e-4, atol=1e-4, **options)
+    flow = cnf.ffjord(3, hidden=(8,), context_features=2, solver=plain).double()
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.mul_(6)  # so that steps shrink, and some are rejected
+    x, context = torch.randn(9, 3, dtype=torch.float64), torch.randn(9, 2, dtype=torch.float64)
+
+    def observe(rows):
+        with torch.no_grad(), count_nfe() as nfe:
+            log_prob = flow.log_prob(x[:rows], context[:rows])
+            z = flow.encode(x[:rows], context[:rows])
+        return (log_prob, z), (nfe.accepted, nfe.rejected), nfe.forward
+
+    wanted = [observe(rows) for rows in (9, 6)]
+    ends = looped(monkeypatch)
+    flow.transform.solver = dataclasses.replace(plain, compile=BACKEND)
+    found = [observe(9)]
+    with torch._dynamo.config.patch(error_on_recompile=True):  # the batch is a variable
+        found.append(observe(6))
+    assert len(ends) == 4
+    assert all(end is not None for end in ends)
+    assert wanted[0][1][1] > 0
+    for looks, (mine, theirs) in zip((2, 0), zip(found, wanted, strict=True), strict=True):
+        torch.testing.assert_close(mine[0], theirs[0], atol=1e-11, rtol=1e-11)
+        assert mine[1] == theirs[1]
+        assert mine[2] == theirs[2] + looks  # each code that was compiled was checked
+
+
+def test_the_adjoint_goes_forward_in_a_loop(monkeypatch):
+    ends = looped(monkeypatch)
+    plain = Solver("bosh3", rtol=1e-3, atol=1e-3)
+    wanted = gradients(Problem(), plain)
+    found = gradients(Problem(), dataclasses.replace(plain, compile=BACKEND))
+    assert len(ends) == 1
+    assert ends[0] is not None
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("start", "velocity", "options", "error"),
+    [
+        (1.0, lambda t, x: torch.where(t > 0.5, torch.nan, -x), {}, NonFiniteState),
+        (1.0, lambda t, x: 1e7 * (torch.cos(t) - x), {"max_steps": 50}, TooManySteps),
+        (1.0, lambda t, x: x**2 + 9, {}, StepUnderflow),
+        (torch.nan, lambda t, x: -x, {}, NonFiniteState),
+    ],
+    ids=["velocity", "stiff", "pole", "state"],
+)
+def test_a_loop_that_fails_is_told_as_steps_that_are_walked(start, velocity, options, error):
+    state, plain = (torch.full((3, 2), start),), Solver("bosh3", **options)
+    told = []
+    for solver in (plain, dataclasses.replace(plain, compile=BACKEND)):
+        with torch.no_grad(), pytest.raises(error) as caught:
+            integrate(lambda t, parts: (velocity(t, parts[0]),), state, END, solver)
+        told.append((caught.value.what, caught.value.time, caught.value.step))
+    assert told[0] == told[1]
+
+
+def test_what_makes_no_loop_is_compiled_step_by_step(monkeypatch):
+    class Counting(nn.Module):
+        """Writes into a buffer, which the body of a loop must not."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, t, x, context=None):
+            self.calls += 1
+            return torch.tanh(x) * t
+
+    solver = Solver("bosh3", rtol=1e-2, atol=1e-2, compile=BACKEND)
+    flow, x = cnf.Continuous(Counting(), solver=solver), torch.randn(4, 2)
+    ends = looped(monkeypatch)
+    with torch.no_grad():
+        found = [flow(x, request=Request(log_det=False)).value for _ in range(3)]
+        flow.solver = dataclasses.replace(solver, compile=False)
+        wanted = flow(x, request=Request(log_det=False)).value
+    assert ends == [None]  # and not tried again
+    assert float(flow.field.calls) > 40
+    for value in found:
+        torch.testing.assert_close(value, wanted)
 
 
 @pytest.mark.parametrize(

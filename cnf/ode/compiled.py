@@ -1,9 +1,10 @@
 """Runge-Kutta steps that ``torch.compile`` turns into one piece of code each.
 
 Around small networks most of a step's time goes to starting its few hundred operations. The
-functions here hold a whole step: the stages, what they add to the state, and the error's norm. They
-see the state in parts, because a flat vector's length says nothing of how it may vary: with parts
-the batch stays a variable of the compiled code.
+functions here hold a whole step: the stages, what they add to the state, and the error's norm; or,
+where nothing is kept of the way, all steps of it. They see the state in parts, because a flat
+vector's length says nothing of how it may vary: with parts the batch stays a variable of the
+compiled code.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from cnf.ode.errors import CompilationError
 from cnf.ode.guard import HUGE, Rhs, State, Velocity, cut, join
 from cnf.ode.quadrature import PLACES, increment, increment_error
 from cnf.ode.runge_kutta import Step, Tableau, Trial, first_guess, first_size
-from cnf.ode.solver import Solver
+from cnf.ode.solver import ADAPTIVE, Solver
+from cnf.ode.stepper import GROW, SAFETY, SHRINK, SLACK
 
 T = TypeVar("T")
 
 # how many different specs a process compiles
 VARIANTS = 64
+# backends that are known to follow torch.while_loop
+LOOPING = ("inductor", "eager", "aot_eager")
 
 
 class Spec(NamedTuple):
@@ -87,6 +91,7 @@ class CompiledSteps:
         self.shapes = shapes
         self.sizes = [shape.numel() for shape in shapes]
         self.tolerances = solver.rtol, solver.atol
+        self.solver = solver
         self.code = code(solver.backend, solver.mode)
         self.velocity = velocity
         self.watch = velocity.watch
@@ -127,6 +132,45 @@ class CompiledSteps:
         look = self._look(step.time, y)
         return self.code.pull(look, self.spec, numbers, state, adjoints, tuple(tracked))
 
+    def loops(self, y: Tensor, points: Sequence[float]) -> bool:
+        """Whether all steps between two times can be one piece of code.
+
+        On a GPU each step is waited for anyhow, and is a graph of its own under some modes.
+        """
+        solver = self.solver
+        return (
+            len(points) == 2
+            and y.device.type == "cpu"
+            and solver.method in ADAPTIVE
+            and self.spec.table.reuses_last
+            and not solver.options
+            and solver.backend in LOOPING
+            and hasattr(torch, "while_loop")
+            and _known_as(self.spec.rhs) not in self.code.refused
+        )
+
+    def arrive(self, y: Tensor, points: Sequence[float]) -> Tensor | None:
+        """The state at the end of the way between two times.
+
+        None where a step fails, which one that is walked tells of, or where the loop does not
+        compile, which is not tried again.
+        """
+        watch = self.watch
+        limits = watch.smallest(max(map(abs, points))), float(self.solver.max_steps)
+        numbers = torch.tensor([*points, *self.tolerances, *limits], dtype=torch.float64)
+        look = self._look(points[0], y)
+        try:
+            end, found = self.code.arrive(look, self.spec, numbers, self._parts(y))
+        except CompilationError:
+            self.code.refused.add(_known_as(self.spec.rhs))
+            return None
+        time, accepted, rejected = found.tolist()
+        if time != points[-1]:
+            return None
+        watch.accepted, watch.rejected = int(accepted), int(rejected)
+        watch.nfe += 2 + self.spec.evaluations * (watch.accepted + watch.rejected)
+        return end
+
     def _numbers(self, y: Tensor, time: float, size: float) -> Tensor:
         # as one tensor: code that was compiled for one number would be compiled again for the next
         numbers = [time, size, *self.tolerances]
@@ -150,6 +194,14 @@ class Code(NamedTuple):
     trial: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor]]
     step: Callable[..., Tensor]
     pull: Callable[..., tuple[Tensor, Sequence[Tensor]]]
+    arrive: Callable[..., tuple[Tensor, Tensor]]
+    # right-hand sides with steps that do not compile as a loop
+    refused: set[object]
+
+
+def _known_as(rhs: Rhs) -> object:
+    # a function that is made anew for every solve has the same code
+    return getattr(rhs, "__code__", rhs)
 
 
 def settings() -> contextlib.AbstractContextManager[None]:
@@ -201,50 +253,21 @@ def code(backend: str, mode: str | None = None) -> Code:
 
         return checked
 
-    return Code(one(begin), one(trial), one(step), one(pull))
+    return Code(one(begin), one(trial), one(step), one(pull), one(arrive), set())
 
 
 def begin(spec: Spec, numbers: Tensor, state: State) -> tuple[Tensor, Tensor]:
     """The derivative at the start, flat, and the size of a first step."""
-    time, sign, rtol, atol = numbers.unbind()
-    proper = state[: spec.proper]
-    slopes = spec.rhs(time, proper)
-    scales = [atol + rtol * part.abs() for part in state]
-    norms = spec.steering
-    change = _norm(norms, slopes, scales)
-    guess = first_guess(_norm(norms, state, scales), change)
-    move = (sign * guess).to(numbers)
-    ahead = spec.rhs(
-        time + move, tuple(part + move * slope for part, slope in zip(proper, slopes, strict=False))
-    )
-    bends = [after - before for after, before in zip(ahead, slopes, strict=True)]
-    bend = _norm(norms, bends, scales)
-    return join(slopes), first_size(guess, change, bend, spec.table.order)
+    slopes, size = _begin(spec, numbers, state)
+    return join(slopes), size
 
 
 def trial(
     spec: Spec, numbers: Tensor, state: State, slopes: State | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """The numbers of a ``Trial``."""
-    time, size, rtol, atol = numbers.unbind()
-    table = spec.table
-    after, stages, integrands = _stages(spec, time, size, state, slopes)
-    if table.reuses_last and spec.alone is None:
-        stages.append(spec.rhs(time + size, after[: spec.proper]))
-    zeros = [torch.zeros_like(slope) for slope in stages[0]]
-    errors = [
-        *_combine(zeros, size, table.error, stages),
-        *[increment_error(size, values) for values in zip(*integrands, strict=True)],
-    ]
-    scales = [
-        atol + rtol * torch.maximum(before.abs(), then.abs())
-        for before, then in zip(state, after, strict=True)
-    ]
-    ends: Sequence[State] = stages
-    if integrands:
-        ends = [(*stages[i], *integrands[i]) for i in (0, -1)]
-    last = join(ends[-1]) if table.reuses_last else None
-    return join(after), join(ends[0]), last, _norm(spec.norms, errors, scales)
+    after, first, last, ratio = _trial(spec, numbers, state, slopes)
+    return join(after), join(first), join(last) if spec.table.reuses_last else None, ratio
 
 
 def step(spec: Spec, numbers: Tensor, state: State) -> Tensor:
@@ -267,6 +290,96 @@ def pull(
             after, (*state, *tracked), adjoints, materialize_grads=True, allow_unused=True
         )
     return join(found[: len(state)]), found[len(state) :]
+
+
+def arrive(spec: Spec, numbers: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    """All steps from one time to another, as ``stepper`` takes them.
+
+    Returns:
+        The state, flat, and the time that it came to with the counts of accepted and rejected
+        steps: short of the other time where there were too many, or one became too small.
+    """
+    # copies, because what a loop looks at must not share memory
+    start, end, rtol, atol, smallest, most = [number.clone() for number in numbers.unbind()]
+    dtype, count, order = state[0].dtype, len(state), spec.table.order
+    ahead = torch.stack([start, (end - start).sign(), rtol, atol]).to(dtype)
+    slopes, size = _begin(spec, ahead, state)
+
+    def going(time: Tensor, size: Tensor, accepted: Tensor, rejected: Tensor, *_: Tensor) -> Tensor:
+        return (time != end) & (size > smallest) & (accepted + rejected < most)
+
+    def attempt(
+        time: Tensor, size: Tensor, accepted: Tensor, rejected: Tensor, *parts: Tensor
+    ) -> State:
+        before, first = parts[:count], parts[count:]
+        left = end - time
+        pieces = (left.abs() / size - SLACK).ceil().clamp_min(1.0)
+        step = left / pieces
+        tried = torch.stack([time, step, rtol, atol]).to(dtype)
+        after, _, last, ratio = _trial(spec, tried, before, first)
+        factor = (SAFETY * ratio.double() ** (-1 / order)).clamp(SHRINK, GROW)
+        longest = step.abs() * factor
+        good, lands = ratio <= 1, pieces == 1
+        then = torch.where(lands, end, time + step)
+        return (
+            torch.where(good, then, time),
+            torch.where(good & lands, torch.maximum(size, longest), longest),
+            accepted + good,
+            rejected + ~good,
+            *[
+                torch.where(good, new, old).contiguous()
+                for new, old in zip((*after, *last), parts, strict=True)
+            ],
+        )
+
+    none = torch.zeros_like(start)
+    moving = [part.clone(memory_format=torch.contiguous_format) for part in (*state, *slopes)]
+    time, _, accepted, rejected, *parts = torch.while_loop(
+        going, attempt, (start.clone(), size, none, none.clone(), *moving)
+    )
+    return join(parts[:count]), torch.stack([time, accepted, rejected])
+
+
+def _begin(spec: Spec, numbers: Tensor, state: State) -> tuple[State, Tensor]:
+    """The derivative at the start, and the size of a first step."""
+    time, sign, rtol, atol = numbers.unbind()
+    proper = state[: spec.proper]
+    slopes = spec.rhs(time, proper)
+    scales = [atol + rtol * part.abs() for part in state]
+    norms = spec.steering
+    change = _norm(norms, slopes, scales)
+    guess = first_guess(_norm(norms, state, scales), change)
+    move = (sign * guess).to(numbers)
+    ahead = spec.rhs(
+        time + move, tuple(part + move * slope for part, slope in zip(proper, slopes, strict=False))
+    )
+    bends = [after - before for after, before in zip(ahead, slopes, strict=True)]
+    bend = _norm(norms, bends, scales)
+    return slopes, first_size(guess, change, bend, spec.table.order)
+
+
+def _trial(
+    spec: Spec, numbers: Tensor, state: State, slopes: State | None
+) -> tuple[State, State, State, Tensor]:
+    """What a ``Trial`` holds, in parts; without a slope at the end that of the last stage."""
+    time, size, rtol, atol = numbers.unbind()
+    table = spec.table
+    after, stages, integrands = _stages(spec, time, size, state, slopes)
+    if table.reuses_last and spec.alone is None:
+        stages.append(spec.rhs(time + size, after[: spec.proper]))
+    zeros = [torch.zeros_like(slope) for slope in stages[0]]
+    errors = [
+        *_combine(zeros, size, table.error, stages),
+        *[increment_error(size, values) for values in zip(*integrands, strict=True)],
+    ]
+    scales = [
+        atol + rtol * torch.maximum(before.abs(), then.abs())
+        for before, then in zip(state, after, strict=True)
+    ]
+    ends: Sequence[State] = stages
+    if integrands:
+        ends = [(*stages[i], *integrands[i]) for i in (0, -1)]
+    return after, ends[0], ends[-1], _norm(spec.norms, errors, scales)
 
 
 def _stages(

@@ -79,8 +79,7 @@ class Watch:
         if self.settled:
             self._check_state(state, time, size)
         if self.adaptive:
-            floor = self.solver.min_step or self.resolution * max(abs(time), self.span / 1000)
-            if time + size == time or (size < floor and not self.settled):
+            if time + size == time or (size < self.smallest(abs(time)) and not self.settled):
                 self.stopped_at = (time, state)
                 self._fail_at_limit(StepUnderflow, "the step became too small", time, size)
         else:
@@ -88,6 +87,10 @@ class Watch:
         if self.accepted + self.rejected >= self.solver.max_steps + (not self.adaptive):
             what = f"more than max_steps={self.solver.max_steps} steps"
             self._fail_at_limit(TooManySteps, what, time, size)
+
+    def smallest(self, time: float) -> float:
+        """The size below which a step at so late a time has become too small."""
+        return self.solver.min_step or self.resolution * max(time, self.span / 1000)
 
     def _check_state(self, state: Tensor | State, time: float, size: float) -> None:
         parts = (state,) if isinstance(state, Tensor) else state

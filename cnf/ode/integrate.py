@@ -161,7 +161,7 @@ class Problem:
             with torch.no_grad():
                 if not self.solver.walks:
                     return self.odeint(flat)
-                return self.walk(flat, keep=False).solution
+                return self.arrive(flat)
         if mode == "checkpoint":
             return _Checkpointed.apply(self, flat, *self.tracked)
         function = _Adjoint if self.solver.walks else _TorchdiffeqAdjoint
@@ -212,20 +212,40 @@ class Problem:
             )
         )
 
-    def walk(self, flat: Tensor, keep: bool = True) -> stepper.Path:
+    def walk(self, flat: Tensor) -> stepper.Path:
         """The solution by our own stepper, and the way there."""
         with self._settings():
-            return stepper.walk(self.steps(), flat, self.points, self.solver, self.watch, keep)
+            return stepper.walk(self.steps(), flat, self.points, self.solver, self.watch)
+
+    def arrive(self, flat: Tensor) -> Tensor:
+        """The solution by our own stepper, which keeps nothing of the way."""
+        with self._settings():
+            steps = self.steps()
+            if isinstance(steps, compiled.CompiledSteps) and steps.loops(flat, self.points):
+                end = steps.arrive(flat, self.points)
+                if end is not None:
+                    return torch.stack([flat, end])
+                if steps.loops(flat, self.points):
+                    # plain ones say what is wrong, with nothing to compile first
+                    steps = self.plain_steps()
+            path = stepper.walk(steps, flat, self.points, self.solver, self.watch, keep=False)
+            return path.solution
 
     def steps(self) -> Steps:
         """The method's steps of the forward pass."""
         solver, velocity = self.solver, self.velocity
+        if not solver.compile:
+            return self.plain_steps()
         table = tableau(solver.method)
-        if solver.compile:
-            spec = compiled.Spec(velocity.rhs, velocity.proper, self.norms, table)
-            if self.by_quadrature:
-                spec = spec._replace(alone=velocity.proper_rhs, inner=inner_stages(table))
-            return compiled.CompiledSteps(spec, velocity.shapes, solver, velocity)
+        spec = compiled.Spec(velocity.rhs, velocity.proper, self.norms, table)
+        if self.by_quadrature:
+            spec = spec._replace(alone=velocity.proper_rhs, inner=inner_stages(table))
+        return compiled.CompiledSteps(spec, velocity.shapes, solver, velocity)
+
+    def plain_steps(self) -> Steps:
+        """The same, operation by operation."""
+        solver, velocity = self.solver, self.velocity
+        table = tableau(solver.method)
         kind = QuadratureSteps if self.by_quadrature else PlainSteps
         return kind(velocity, table, solver.rtol, solver.atol, self.norm)
 
@@ -377,7 +397,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, problem: Problem, flat: Tensor, *parameters: Tensor) -> Tensor:
-        solution = problem.walk(flat, keep=False).solution
+        solution = problem.arrive(flat)
         ctx.problem = problem
         # the parameters too, for torch to refuse a backward pass after they have changed
         ctx.save_for_backward(solution, *parameters)

@@ -22,6 +22,8 @@ from cnf.ode.solver import ADAPTIVE, Solver
 DEFAULT_STEPS = 40
 # keeps a quotient that is whole but for rounding from adding a step
 SLACK = 1e-5
+# how the next step follows from an error: the last one times at most, at least, and how carefully
+GROW, SHRINK, SAFETY = 10.0, 0.2, 0.9
 
 
 def grid(times: Sequence[float], step_size: float) -> list[float]:
@@ -107,8 +109,8 @@ def _adaptive(
     options = solver.options
     order = tableau(solver.method).order
     sign = 1.0 if times[-1] > times[0] else -1.0
-    safety, shrink = options.get("safety", 0.9), options.get("dfactor", 0.2)
-    grow, largest = options.get("ifactor", 10.0), options.get("max_step", math.inf)
+    safety, shrink = options.get("safety", SAFETY), options.get("dfactor", SHRINK)
+    grow, largest = options.get("ifactor", GROW), options.get("max_step", math.inf)
     time, slope = times[0], None
     size = options.get("first_step")
     if size is None:
