@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -55,22 +55,64 @@ def compiled(
         return function
     known = inspect.signature(torch.compile).parameters
     wanted: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": variants}
-    options = {name: value for name, value in wanted.items() if name in known}
+    limits = {name: value for name, value in wanted.items() if name in known}
+    options = _options() if backend == "inductor" and mode is None else None
     run = torch.compile(
-        function, fullgraph=whole, backend=backend, mode=mode, dynamic=dynamic, **options
-    )
+        function, fullgraph=whole, backend=backend, mode=mode, dynamic=dynamic, options=options,
+        **limits,
+    )  # fmt: skip
 
     if mode in GRAPHED and torch.cuda.is_available():
         run = _kept(run)
 
+    told: set[Any] = set()
+
     @functools.wraps(function)
     def call(*arguments: Any) -> T:
-        if _settled(constants):
+        # to tell a compiler takes as long as a layer does, and what is compiled needs no telling
+        kind = None if whole else _kind(arguments)
+        if kind in told or _settled(constants):
             return run(*arguments)
         with settings(constants):
-            return run(*arguments)
+            result = run(*arguments)
+        if kind is not None:
+            told.add(kind)
+        return result
 
     return call
+
+
+def _kind(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What tells a call from those that other code is compiled for, if there is no more to it."""
+    looks = [
+        (value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
+        if isinstance(value, Tensor)
+        else id(value)
+        for value in arguments
+    ]
+    return torch.is_grad_enabled(), *looks
+
+
+def _options() -> dict[str, Any]:
+    """What Inductor is told with a function, whenever it compiles a part of it."""
+    wanted = {
+        "cpp.enable_floating_point_contract_flag": "fast",
+        # what it makes of a program need not be checked to fit together, call by call
+        "size_asserts": False,
+    }
+    known = torch._inductor.list_options()
+    options: dict[str, Any] = {name: value for name, value in wanted.items() if name in known}
+    if hasattr(torch._dynamo.types, "GuardFilterEntry"):  # not before torch 2.7
+        options["guard_filter_fn"] = _changeable
+    return options
+
+
+def _changeable(guards: Sequence[Any]) -> list[bool]:
+    """Which guards are worth a look at every call: not those of what this package's modules hold.
+
+    The names of its functions alone are a hundred.
+    """
+    return [not guard.name.startswith("G['__import_cnf_dot_") for guard in guards]
 
 
 @contextlib.contextmanager
@@ -132,8 +174,8 @@ def by_columns(points: Tensor) -> bool:
     Products of matrices are faster so, a bias costs no pass of its own, and the features of a part
     and the parameters of a kind lie side by side.
     """
-    on_cpu = points.device.type == "cpu"
-    return on_cpu and torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    plain = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    return plain and points.device.type == "cpu"
 
 
 def in_columns(points: Tensor) -> Tensor:
