@@ -14,7 +14,7 @@ from cnf.arrays import Array, fits_arrays
 from cnf.nets.activations import activation as make_activation
 from cnf.nets.growing import Growing, GrowingArray, chained, of_arrays
 from cnf.nets.mlp import by_parameter, layer_widths, required, side_by_side, unwatched, wire
-from cnf.nets.products import linear
+from cnf.nets.products import FEW, linear
 
 
 class MaskedLinear(nn.Linear):
@@ -31,7 +31,10 @@ class MaskedLinear(nn.Linear):
     def __init__(self, mask: Tensor, zero: bool = False):
         super().__init__(mask.shape[1], mask.shape[0])
         # not boolean: the product with the weight is several times faster in one dtype
-        self.register_buffer("mask", mask.to(self.weight.dtype))
+        mask = mask.to(self.weight.dtype)
+        if 1 < mask.shape[1] < FEW:
+            mask = mask.t().contiguous().t()  # and lies as this, which is how ``linear`` wants it
+        self.register_buffer("mask", mask)
         with torch.no_grad():
             # a unit that sees few inputs must not start quieter than one that sees all
             bound = self.mask.sum(1).clamp(min=1).rsqrt() * (not zero)
@@ -43,7 +46,7 @@ class MaskedLinear(nn.Linear):
     @property
     def masked_weight(self) -> Tensor:
         """W ∘ M."""
-        return self.weight if self.full else self.weight * self.mask
+        return self.weight if self.full else self.mask * self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
@@ -175,17 +178,21 @@ class MADE(nn.Module):
         x = self._columns(x)
         layers: list[MaskedLinear] = [*self.layers]
         last = len(layers) - 1
+        activate, calls = unwatched(self.activation, layers, self.residual)
 
         def apply(index: int, value: Tensor) -> Tensor:
-            layer = layers[index]
-            value = self._ending(layer, value) if index == last else layer(value)
+            if index == last:
+                value = self._ending(layers[last], calls[last], value)
+            else:
+                value = calls[index](value)
             if index or shift is None:
                 return value
             return value + (shift.unflatten(-1, value.shape[-2:]) if last == 0 else shift)
 
-        activate = self.activation if self.residual else unwatched(self.activation, layers)
         result = wire(x, apply, len(layers), activate, self.residual)
-        return result if self.direct is None else result + self._ending(self.direct, x)
+        if self.direct is None:
+            return result
+        return result + self._ending(self.direct, self.direct, x)
 
     def autoregress(
         self,
@@ -339,11 +346,13 @@ class MADE(nn.Module):
         """Rows for a layer's units, sorted by when they become known."""
         return rows if index < len(self.layers) - 1 else self._sorted(rows, self.outputs)
 
-    def _ending(self, layer: MaskedLinear, value: Tensor) -> Tensor:
+    def _ending(
+        self, layer: MaskedLinear, call: Callable[[Tensor], Tensor], value: Tensor
+    ) -> Tensor:
         """The outputs of a layer that ends in them, ``(*batch, features, outputs)``."""
         if side_by_side(self.outputs):
             return by_parameter(value, layer.masked_weight, layer.bias, self.outputs)
-        value = layer(value)
+        value = call(value)
         return value.view(*value.shape[:-1], self.features, self.outputs)
 
     def _columns(self, x: Tensor) -> Tensor:

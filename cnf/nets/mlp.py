@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from cnf.nets.activations import activation as make_activation
 from cnf.nets.products import Linear, linear
@@ -79,14 +80,13 @@ class MLP(nn.Module):
             x = torch.cat([x, required(context, self.context_features)], -1)
         layers: list[nn.Linear] = [*self.layers]
         last = len(layers) - 1
+        activate, calls = unwatched(self.activation, layers, self.residual)
 
         def apply(index: int, value: Tensor) -> Tensor:
-            layer = layers[index]
             if index < last or not side_by_side(self.size):
-                return layer(value)
-            return by_parameter(value, layer.weight, layer.bias, self.size)
+                return calls[index](value)
+            return by_parameter(value, layers[last].weight, layers[last].bias, self.size)
 
-        activate = self.activation if self.residual else unwatched(self.activation, layers)
         return wire(x, apply, len(layers), activate, self.residual)
 
 
@@ -128,28 +128,30 @@ def wire(
     return linear(last, value)
 
 
-def unwatched(activation: nn.Module, layers: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
-    """An activation of what the layers return, in place where it can be and nobody sees it.
+def unwatched(
+    activation: nn.Module, layers: Sequence[nn.Module], residual: bool
+) -> tuple[Callable[[Tensor], Tensor], list[Callable[[Tensor], Tensor]]]:
+    """A network's activation and layers, by shorter ways where nobody sees what they return.
 
-    ReLU's derivative is taken from its result. A hook may keep what a layer returns, and a layer
-    that is not linear may need it for its own derivative.
+    The layers then go without what ``Module.__call__`` does for hooks. ReLU works in place: its
+    derivative is taken from its result, but a hook may keep what a layer returns, a layer that is
+    not linear may need it for its own derivative, and residual blocks come back to it.
     """
-    if type(activation) is not nn.ReLU or torch.compiler.is_compiling():
-        return activation
-    linear = all(isinstance(layer, nn.Linear) for layer in layers)
-    if not linear or any(_watched(module) for module in (activation, *layers)):
-        return activation
-    return torch.relu_
-
-
-def _watched(module: nn.Module) -> bool:
-    """Whether a module has hooks of its own that see what it takes or returns."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    if torch.compiler.is_compiling() or _has_any_global_hook():
+        return activation, [*layers]
+    linear = not residual
+    # a loop, because generators take as long as a layer's activation
+    for module in (activation, *layers):
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        ):
+            return activation, [*layers]
+        linear = linear and (module is activation or isinstance(module, nn.Linear))
+    in_place = linear and type(activation) is nn.ReLU
+    return torch.relu_ if in_place else activation, [layer.forward for layer in layers]
 
 
 def side_by_side(size: int) -> bool:

@@ -34,12 +34,12 @@ def linear(
         >>> linear(torch.ones(5, 2), torch.ones(3, 2)).shape
         torch.Size([5, 3])
     """
-    if columns and x.dim() == 2 and by_columns(x):
+    if columns and by_columns(x) and x.dim() == 2:
         value = weight @ x.t()
         # minus, because compilers make a sum part of the product, which writes the bias out first
         return value.t() if bias is None else (value - (-bias).unsqueeze(-1)).t()
     inputs = weight.shape[1]
-    few = 1 < inputs < FEW and torch.is_grad_enabled()
+    few = 1 < inputs < FEW and weight.stride(0) > 1 and torch.is_grad_enabled()
     if few and (torch.compiler.is_compiling() or x.numel() >= MANY * inputs):
         # torch derives the gradients' orientations from how the weight lies in memory
         weight = weight.t().contiguous().t()
