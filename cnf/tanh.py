@@ -29,6 +29,8 @@ def quick_tanh(h: Tensor, *, reuse: bool = False) -> Tensor:
         # the compiler's own takes longer on a CPU than a product with a 64 x 64 matrix
         rational = h.dtype == torch.float32 and h.device.type == "cpu"
         return _RationalTanh.apply(h) if rational else torch.tanh(h)
+    if torch.is_grad_enabled():
+        return torch.tanh(h)
     # torch starts as fast on fewer numbers, and spreads more of them over its threads
     alone = h.numel() <= 1 << 15 or torch.get_num_threads() <= 2
     if h.numel() >= 1 << 11 and alone and fits_arrays(h):
@@ -36,7 +38,7 @@ def quick_tanh(h: Tensor, *, reuse: bool = False) -> Tensor:
         result = h if reuse else torch.empty_like(h)
         np.tanh(h.numpy(), out=result.numpy())
         return result
-    return torch.tanh_(h) if reuse and not torch.is_grad_enabled() else torch.tanh(h)
+    return torch.tanh_(h) if reuse else torch.tanh(h)
 
 
 class _RationalTanh(torch.autograd.Function):

@@ -65,7 +65,8 @@ class Independent(Base):
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density in nats."""
         loc, log_scale = conditioned([self.loc, self.log_scale], self.conditioner, context)
-        return self.event_sum(self.standard((z - loc) * torch.exp(-log_scale)) - log_scale)
+        entries = self.standard((z - loc) * torch.exp(-log_scale))
+        return self.event_sum(entries) - self.event_sum(log_scale)
 
     def rsample(
         self,

@@ -147,7 +147,8 @@ class Coupling(Transform):
             )
         if not self.contiguous:
             value = value.index_select(self.axis, self.split)
-        left, right = value.split(self.sizes[::-1] if self.flipped else self.sizes, self.axis)
+        sizes = self.sizes[::-1] if self.flipped else self.sizes
+        left, right = value.split_with_sizes(sizes, self.axis)
         return (right, left) if self.flipped else (left, right)
 
     def _condition(self, left: Tensor, context: Tensor | None) -> Tensor:
@@ -158,7 +159,7 @@ class Coupling(Transform):
         if parameters.shape == (*batch, *wanted, *pixels):
             return parameters.movedim(self.axis, -1)
         if parameters.shape == (*batch, wanted[0] * wanted[1], *pixels):
-            parameters = parameters.unflatten(self.axis, wanted)
+            parameters = parameters.view(*batch, *wanted, *pixels)
             return parameters.movedim(self.axis, -1) if pixels else parameters
         raise ValueError(
             f"the conditioner of a coupling that transforms {wanted[0]} features by "
