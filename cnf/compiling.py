@@ -56,7 +56,7 @@ def compiled(
     known = inspect.signature(torch.compile).parameters
     wanted: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": variants}
     limits = {name: value for name, value in wanted.items() if name in known}
-    options = _options() if backend == "inductor" and mode is None else None
+    options = _options(backend) if mode is None else None
     run = torch.compile(
         function, fullgraph=whole, backend=backend, mode=mode, dynamic=dynamic, options=options,
         **limits,
@@ -93,15 +93,17 @@ def _kind(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return torch.is_grad_enabled(), *looks
 
 
-def _options() -> dict[str, Any]:
-    """What Inductor is told with a function, whenever it compiles a part of it."""
-    wanted = {
-        "cpp.enable_floating_point_contract_flag": "fast",
-        # what it makes of a program need not be checked to fit together, call by call
-        "size_asserts": False,
-    }
-    known = torch._inductor.list_options()
-    options: dict[str, Any] = {name: value for name, value in wanted.items() if name in known}
+def _options(backend: str) -> dict[str, Any]:
+    """What a compiler is told with a function, whenever it compiles a part of it."""
+    options: dict[str, Any] = {}
+    if backend == "inductor":
+        wanted = {
+            "cpp.enable_floating_point_contract_flag": "fast",
+            # what it makes of a program need not be checked to fit together, call by call
+            "size_asserts": False,
+        }
+        known = torch._inductor.list_options()
+        options = {name: value for name, value in wanted.items() if name in known}
     if hasattr(torch._dynamo.types, "GuardFilterEntry"):  # not before torch 2.7
         options["guard_filter_fn"] = _changeable
     return options

@@ -5,6 +5,8 @@ The steps of continuous flows have their own tests, one of them through Inductor
 
 from __future__ import annotations
 
+import copy
+import itertools
 import shutil
 
 import pytest
@@ -13,7 +15,11 @@ from torch import nn
 
 import cnf
 from cnf import compiling
+from cnf.bijections import Affine
 from cnf.distributions import Normal
+from cnf.nets import MLP
+from cnf.transforms import BatchNorm, Coupling, Transform, half_mask
+from cnf.transforms.base import Mapped
 from tests.registry import TRANSFORMS, Member, image_models, models
 from tests.test_laws import contexts, make, points
 
@@ -122,6 +128,110 @@ def test_what_compilers_are_told_ends_with_the_call():
     run(torch.ones(3))
     assert within == [(True, True, "fast")]
     assert state() == before
+
+
+def test_a_compiler_is_told_once_for_each_kind_of_call(monkeypatch):
+    torch.compiler.reset()
+    told, settings = [], compiling.settings
+
+    def counting(constants):
+        told.append(constants)
+        return settings(constants)
+
+    def function(x):
+        return (2 * x.sin()).sum(0)
+
+    monkeypatch.setattr(compiling, "settings", counting)
+    run = compiling.compiled(function, backend="aot_eager")
+    x = torch.randn(3, 3)
+    kinds = [x, x[:2], x.t(), x.double(), x.clone().requires_grad_()]
+    for count, (value, grad) in enumerate(itertools.product(kinds, [True, False]), 1):
+        with torch.set_grad_enabled(grad):
+            for again in (value, value.detach().clone().requires_grad_(value.requires_grad)):
+                torch.testing.assert_close(run(again), function(again))
+                assert len(told) == count
+
+
+class Moved(Transform):
+    """x = z + by, with a plain number that compiled code holds as a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.by = 1.0
+
+    def forward(self, z, context=None, request=None):
+        return Mapped(z + self.by, z.new_zeros(z.shape[:-1]), {})
+
+    def inverse(self, x, context=None, request=None):
+        return Mapped(x - self.by, x.new_zeros(x.shape[:-1]), {})
+
+
+def flow_of_many_kinds():
+    couplings = [Coupling(Affine(), MLP(1, 2, zero_last=False), half_mask(2)) for _ in range(2)]
+    return cnf.Flow(cnf.Chain([Moved(), couplings[0], BatchNorm((2,)), couplings[1]]), Normal(2))
+
+
+def move(flow):
+    flow.transform[0].by = 3.0
+
+
+def bound(flow):
+    flow.transform[1].scalar_map = Affine(bound=0.1)
+
+
+def exchange(flow):
+    flow.transform[3].conditioner.activation = nn.Tanh()
+
+
+def train(flow):
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.1)
+
+
+def load(flow):
+    flow.load_state_dict(flow_of_many_kinds().state_dict())
+
+
+@pytest.mark.parametrize("change", [move, bound, exchange, train, load, nn.Module.train])
+@pytest.mark.parametrize("grad", [True, False])
+def test_compiled_code_sees_what_changes_in_a_flow(change, grad):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    flow, x = flow_of_many_kinds().eval(), torch.randn(6, 2)
+
+    def scores():
+        plain = copy.deepcopy(flow)  # before a batch moves the running mean
+        found, expected = flow.log_prob(x), plain.log_prob(x)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(flow.state_dict(), plain.state_dict())
+        return found
+
+    flow.compile(backend="aot_eager")
+    with torch.set_grad_enabled(grad):
+        before = scores()
+        change(flow)
+        assert not torch.allclose(scores(), before, atol=1e-3)
+
+
+@pytest.mark.skipif(not hasattr(torch._dynamo.types, "GuardFilterEntry"), reason="torch < 2.7")
+def test_guards_are_dropped_of_this_packages_modules_alone(monkeypatch):
+    torch.compiler.reset()
+    kept, dropped, changeable = [], [], compiling._changeable
+
+    def watching(guards):
+        stay = changeable(guards)
+        for guard, stays in zip(guards, stay, strict=True):
+            (kept if stays else dropped).append(guard.name)
+        return stay
+
+    monkeypatch.setattr(compiling, "_changeable", watching)
+    flow = flow_of_many_kinds().compile(backend="aot_eager")
+    flow.log_prob(torch.randn(6, 2))
+    assert dropped
+    assert all(name.startswith("G['__import_cnf_dot_") for name in dropped)
+    for seen in (".by", ".training", ".scalar_map", "__import_tests_dot_test_compile']"):
+        assert any(name.endswith(seen) for name in kept)
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (2, 3, 3), (3,)])
