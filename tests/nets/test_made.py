@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.autograd.functional import jacobian
 
+import cnf
 from cnf.nets import MADE, MaskedLinear
 from cnf.nets.growing import _product
+from cnf.nets.products import FEW
 
 GRAPH = torch.tensor(
     [[0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0]]
@@ -115,6 +119,34 @@ def test_full_masks_are_known_also_after_loading():
     full.load_state_dict(masked.state_dict())
     assert torch.equal(full.masked_weight, masked.weight * torch.eye(4, 3))
     assert torch.equal(full(torch.ones(3)), masked(torch.ones(3)))
+
+
+@pytest.mark.parametrize("way", ["copied", "saved", "loaded"])
+@pytest.mark.parametrize("features", [2, FEW - 1, FEW])
+def test_masks_travel_however_they_lie_in_memory(features, way, tmp_path):
+    torch.manual_seed(0)
+    flow, x = cnf.maf(features, layers=2, hidden=(12, 12)), torch.randn(300, features)
+    with torch.no_grad():
+        for parameter in flow.parameters():  # away from the identity
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    if way == "copied":
+        other = copy.deepcopy(flow)
+    elif way == "saved":
+        flow.save(tmp_path)
+        other = cnf.load(tmp_path)
+    else:  # from a state whose masks lie row by row
+        other = cnf.maf(features, layers=2, hidden=(12, 12))
+        state = {name: value.contiguous() for name, value in flow.state_dict().items()}
+        other.load_state_dict(state)
+    masks = {name: value for name, value in flow.state_dict().items() if name.endswith("mask")}
+    assert len(masks) == 6
+    for name, mask in masks.items():
+        layer = flow.get_submodule(name.removesuffix(".mask"))
+        assert mask.shape == layer.weight.shape
+        assert torch.equal(other.state_dict()[name], mask)
+    assert torch.equal(other.log_prob(x), flow.log_prob(x))
+    with torch.no_grad():
+        assert torch.equal(other.log_prob(x), flow.log_prob(x))
 
 
 def test_arrays_stand_in_only_where_they_can():

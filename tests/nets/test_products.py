@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from cnf.nets import MADE, MLP
 from cnf.nets.products import FEW, MANY, Linear
@@ -55,6 +56,46 @@ def test_hooks_see_layers_as_they_return_and_change_no_gradient(network, residua
     assert bool((seen[0] < 0).any())  # before the activation
     assert passed == [*net.layers][::-1]
     assert called == [net.activation] * (4 if residual else 2)
+
+
+@pytest.mark.parametrize("watched", ["layer", "activation", "everything"])
+@pytest.mark.parametrize("network", ["mlp", "made"])
+def test_whoever_sees_a_value_sees_it_stay(network, watched):
+    torch.manual_seed(0)
+    sizes = {"hidden": (8, 8), "zero_last": False}
+    net = MLP(3, 6, **sizes) if network == "mlp" else MADE(3, 2, **sizes)
+    x, seen = torch.randn(5, 3), []
+
+    def watch(module, taken, returned):
+        if module is not net:
+            seen.extend((value, value.clone()) for value in (*taken, returned))
+
+    expected = net(x)
+    if watched == "everything":
+        hook = register_module_forward_hook(watch)
+    else:
+        module = net.layers[0] if watched == "layer" else net.activation
+        hook = module.register_forward_hook(watch)
+    try:
+        found = net(x)
+    finally:
+        hook.remove()
+    assert torch.equal(found, expected)
+    assert len(seen) == {"layer": 2, "activation": 4, "everything": 10}[watched]
+    assert any(bool((value < 0).any()) for value, _ in seen)
+    assert all(torch.equal(value, then) for value, then in seen)
+
+
+def test_a_linear_layer_of_another_class_applies_as_it_says():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net, x = MLP(3, 2, hidden=(4,), zero_last=False), torch.randn(5, 3)
+    first, last = net.layers[0], net.layers[1]
+    net.layers[0] = doubled = Doubled(3, 4)
+    doubled.load_state_dict(first.state_dict())
+    torch.testing.assert_close(net(x), last((2 * first(x)).relu()))
 
 
 def test_relu_leaves_alone_what_is_not_a_linear_layers_own():
