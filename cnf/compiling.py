@@ -56,11 +56,13 @@ def compiled(
     known = inspect.signature(torch.compile).parameters
     wanted: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": variants}
     limits = {name: value for name, value in wanted.items() if name in known}
-    options = _options(backend) if mode is None else None
+    telling: dict[str, Any] = {"mode": mode}
+    if backend == "inductor" or mode is None:
+        # torch takes a mode or options
+        telling = {"options": _options(backend, mode)}
     run = torch.compile(
-        function, fullgraph=whole, backend=backend, mode=mode, dynamic=dynamic, options=options,
-        **limits,
-    )  # fmt: skip
+        function, fullgraph=whole, backend=backend, dynamic=dynamic, **telling, **limits
+    )
 
     if mode in GRAPHED and torch.cuda.is_available():
         run = _kept(run)
@@ -93,17 +95,20 @@ def _kind(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return torch.is_grad_enabled(), *looks
 
 
-def _options(backend: str) -> dict[str, Any]:
+def _options(backend: str, mode: str | None) -> dict[str, Any]:
     """What a compiler is told with a function, whenever it compiles a part of it."""
     options: dict[str, Any] = {}
     if backend == "inductor":
         wanted = {
+            # a product and a sum as one instruction: a third off a kernel with a tanh in it
             "cpp.enable_floating_point_contract_flag": "fast",
             # what it makes of a program need not be checked to fit together, call by call
             "size_asserts": False,
+            "unsafe_marked_cacheable_functions": CACHED,
         }
         known = torch._inductor.list_options()
         options = {name: value for name, value in wanted.items() if name in known}
+        options |= torch._inductor.list_mode_options(mode) if mode else {}
     if hasattr(torch._dynamo.types, "GuardFilterEntry"):  # not before torch 2.7
         options["guard_filter_fn"] = _changeable
     return options
@@ -123,20 +128,13 @@ def settings(constants: bool = False) -> Iterator[None]:
 
     Every compiled function says so for itself; around many calls, once takes less time.
     """
-    dynamo, functorch, inductor = (
-        torch._dynamo.config,
-        torch._functorch.config,
-        torch._inductor.config,
-    )
+    dynamo, functorch = torch._dynamo.config, torch._functorch.config
     known = [
         (dynamo, "trace_autograd_ops", True),
         (dynamo, "specialize_float", constants),
         # torch's name for keeping on disk what it made of a function with a derivative of its own,
         # such as the rational tanh: or else it compiles such code again in every process
         (functorch, "autograd_cache_allow_custom_autograd_functions", True),
-        (inductor, "unsafe_marked_cacheable_functions", CACHED),
-        # a product and a sum as one instruction: a third off a kernel with a tanh in it
-        (inductor.cpp, "enable_floating_point_contract_flag", "fast"),
     ]
     wanted = [setting for setting in known if hasattr(*setting[:2])]
     before = [getattr(config, name) for config, name, _ in wanted]

@@ -6,6 +6,7 @@ The steps of continuous flows have their own tests, one of them through Inductor
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import shutil
 
@@ -114,9 +115,9 @@ def test_without_a_compiler_a_flow_runs_as_it_is_and_says_so(monkeypatch):
 
 def test_what_compilers_are_told_ends_with_the_call():
     def state():
-        inductor = torch._inductor.config.cpp.enable_floating_point_contract_flag
+        cached = torch._functorch.config.autograd_cache_allow_custom_autograd_functions
         dynamo = torch._dynamo.config
-        return dynamo.trace_autograd_ops, dynamo.specialize_float, inductor
+        return dynamo.trace_autograd_ops, dynamo.specialize_float, cached
 
     before, within = state(), []
     run = compiling.compiled(lambda x: x + 1, backend="aot_eager", constants=True)
@@ -126,8 +127,23 @@ def test_what_compilers_are_told_ends_with_the_call():
     with pytest.raises(RuntimeError), compiling.settings():
         torch.ones(3) @ torch.ones(2)
     run(torch.ones(3))
-    assert within == [(True, True, "fast")]
+    assert within == [(True, True, True)]
     assert state() == before
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_what_inductor_is_told_goes_with_the_function(mode, monkeypatch):
+    given = {}
+    monkeypatch.setattr(compiling, "has_compiler", lambda: True)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: given.update(options))
+    monkeypatch.setattr("inspect.signature", lambda function: inspect.Signature())
+    compiling.compiled(lambda x: x, mode=mode)
+    options = given["options"]
+    assert options["cpp.enable_floating_point_contract_flag"] == "fast"
+    assert options.get("triton.cudagraphs", False) == (mode == "reduce-overhead")
+    assert "mode" not in given  # torch takes one or the other
+    compiling.compiled(lambda x: x, backend="aot_eager")
+    assert [*given["options"]] == ["guard_filter_fn"]
 
 
 def test_a_compiler_is_told_once_for_each_kind_of_call(monkeypatch):
