@@ -30,6 +30,7 @@ def compiled(
     whole: bool = False,
     constants: bool = False,
     variants: int | None = None,
+    native: bool = False,
 ) -> Callable[..., T]:
     """A function as compiled code of its own; the first call of each variant pays for it.
 
@@ -45,6 +46,7 @@ def compiled(
         variants: how many kinds of arguments are compiled; the others run uncompiled, or with
             ``whole`` are an error. None leaves it to torch, as does a torch that knows no such
             number.
+        native: have Inductor call its kernels from C++ as well, which pays in a loop.
     """
     if backend == "inductor" and not has_compiler():
         warnings.warn(
@@ -59,7 +61,7 @@ def compiled(
     telling: dict[str, Any] = {"mode": mode}
     if backend == "inductor" or mode is None:
         # torch takes a mode or options
-        telling = {"options": _options(backend, mode)}
+        telling = {"options": _options(backend, mode, native)}
     run = torch.compile(
         function, fullgraph=whole, backend=backend, dynamic=dynamic, **telling, **limits
     )
@@ -95,7 +97,7 @@ def _kind(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return torch.is_grad_enabled(), *looks
 
 
-def _options(backend: str, mode: str | None) -> dict[str, Any]:
+def _options(backend: str, mode: str | None, native: bool) -> dict[str, Any]:
     """What a compiler is told with a function, whenever it compiles a part of it."""
     options: dict[str, Any] = {}
     if backend == "inductor":
@@ -105,6 +107,7 @@ def _options(backend: str, mode: str | None) -> dict[str, Any]:
             # what it makes of a program need not be checked to fit together, call by call
             "size_asserts": False,
             "unsafe_marked_cacheable_functions": CACHED,
+            "cpp_wrapper": native,
         }
         known = torch._inductor.list_options()
         options = {name: value for name, value in wanted.items() if name in known}

@@ -178,6 +178,23 @@ def test_the_adjoint_goes_forward_in_a_loop(monkeypatch):
         torch.testing.assert_close(found[name], gradient, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_inductor_makes_a_loop(monkeypatch):
+    ends = looped(monkeypatch)
+    state = (torch.randn(5, 2), torch.zeros(5))
+    rhs = lambda t, parts: (torch.tanh(parts[0]) * t, parts[0].sum(-1))  # noqa: E731
+    plain = Solver("bosh3", rtol=1e-4, atol=1e-4)
+    for rows in (5, 3):
+        start = tuple(part[:rows] for part in state)
+        with torch.no_grad():
+            wanted, stats = integrate(rhs, start, END, plain)
+            found, counted = integrate(rhs, start, END, dataclasses.replace(plain, compile=True))
+        torch.testing.assert_close(found, wanted)
+        assert (counted.accepted, counted.rejected) == (stats.accepted, stats.rejected)
+    assert len(ends) == 2
+    assert all(end is not None for end in ends)
+
+
 @pytest.mark.parametrize(
     ("start", "velocity", "options", "error"),
     [

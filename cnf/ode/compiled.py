@@ -222,7 +222,7 @@ def code(backend: str, mode: str | None = None) -> Code:
     def graphs() -> int:
         return counters["stats"]["unique_graphs"]
 
-    def one(function: Callable[..., T]) -> Callable[..., T]:
+    def one(function: Callable[..., T], native: bool = False) -> Callable[..., T]:
         run = compiling.compiled(
             function,
             backend=backend,
@@ -232,6 +232,7 @@ def code(backend: str, mode: str | None = None) -> Code:
             # a method's coefficients, handed in as variables, cost as much as a small net
             constants=True,
             variants=VARIANTS,
+            native=native,
         )
 
         @functools.wraps(function)
@@ -253,7 +254,7 @@ def code(backend: str, mode: str | None = None) -> Code:
 
         return checked
 
-    return Code(one(begin), one(trial), one(step), one(pull), one(arrive), set())
+    return Code(one(begin), one(trial), one(step), one(pull), one(arrive, native=True), set())
 
 
 def begin(spec: Spec, numbers: Tensor, state: State) -> tuple[Tensor, Tensor]:
