@@ -18,7 +18,7 @@ from cnf.nets import TimeMLP
 TOLERANCES = [10 ** (-quarters / 4) for quarters in range(16, 29)]
 ACCURACIES = (1e-4, 1e-5)
 THEIRS = "torchdiffeq"
-# the same for both, and of the tolerances' size, so that only what follows differs
+# given, so that only the choice of what follows differs
 FIRST_STEP = 0.05
 
 

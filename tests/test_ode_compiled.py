@@ -195,6 +195,18 @@ def test_inductor_makes_a_loop(monkeypatch):
     assert all(end is not None for end in ends)
 
 
+def test_without_a_compiler_steps_are_walked(monkeypatch):
+    monkeypatch.setattr(compiling, "has_compiler", lambda: False)
+    compiled.code.cache_clear()
+    ends = looped(monkeypatch)
+    rhs, state = (lambda t, parts: (-t * parts[0],)), (torch.ones(3, 2),)
+    with torch.no_grad(), pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
+        found, _ = integrate(rhs, state, END, Solver("bosh3", compile=True))
+    compiled.code.cache_clear()
+    torch.testing.assert_close(found, integrate(rhs, state, END, Solver("bosh3"))[0])
+    assert ends == []
+
+
 @pytest.mark.parametrize(
     ("start", "velocity", "options", "error"),
     [

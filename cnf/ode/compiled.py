@@ -137,15 +137,13 @@ class CompiledSteps:
 
         On a GPU each step is waited for anyhow, and is a graph of its own under some modes.
         """
-        solver = self.solver
         return (
-            len(points) == 2
+            self.code.loops
+            and len(points) == 2
             and y.device.type == "cpu"
-            and solver.method in ADAPTIVE
+            and self.solver.method in ADAPTIVE
             and self.spec.table.reuses_last
-            and not solver.options
-            and solver.backend in LOOPING
-            and hasattr(torch, "while_loop")
+            and not self.solver.options
             and _known_as(self.spec.rhs) not in self.code.refused
         )
 
@@ -195,6 +193,8 @@ class Code(NamedTuple):
     step: Callable[..., Tensor]
     pull: Callable[..., tuple[Tensor, Sequence[Tensor]]]
     arrive: Callable[..., tuple[Tensor, Tensor]]
+    # whether ``arrive`` is for use: uncompiled, or by another backend, torch's loop is not
+    loops: bool
     # right-hand sides with steps that do not compile as a loop
     refused: set[object]
 
@@ -254,7 +254,11 @@ def code(backend: str, mode: str | None = None) -> Code:
 
         return checked
 
-    return Code(one(begin), one(trial), one(step), one(pull), one(arrive, native=True), set())
+    known = backend in LOOPING and hasattr(torch, "while_loop")
+    loops = known and (backend != "inductor" or compiling.has_compiler())
+    return Code(
+        one(begin), one(trial), one(step), one(pull), one(arrive, native=True), loops, set()
+    )
 
 
 def begin(spec: Spec, numbers: Tensor, state: State) -> tuple[Tensor, Tensor]:

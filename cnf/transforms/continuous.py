@@ -190,9 +190,9 @@ class Continuous(Transform):
         return Mapped(end, log_det, costs)
 
     def _differentiated(self, context: Tensor | None, clock: Tensor) -> tuple[Tensor, ...]:
-        # the adjoint's gradient is silently zero for whatever is not among these
         if not torch.is_grad_enabled():
             return ()
+        # the adjoint's gradient is silently zero for whatever is not among these
         return (*self.field.parameters(), *([] if context is None else [context]), clock)
 
     def extra_repr(self) -> str:
