@@ -122,15 +122,22 @@ def test_two_flows_of_one_kind_share_their_code():
 
 
 def looped(monkeypatch):
-    """The solves whose steps were one piece of code: where each came to."""
-    ends, arrive = [], CompiledSteps.arrive
+    """The ways that were one piece of code, forward ("arrive") and back ("retrace")."""
+    ways = []
 
-    def listening(self, y, points):
-        ends.append(arrive(self, y, points))
-        return ends[-1]
+    def listen(kind):
+        function = getattr(CompiledSteps, kind)
 
-    monkeypatch.setattr(CompiledSteps, "arrive", listening)
-    return ends
+        def listening(self, *arguments):
+            found = function(self, *arguments)
+            ways.append(kind if found is not None else f"no {kind}")
+            return found
+
+        monkeypatch.setattr(CompiledSteps, kind, listening)
+
+    listen("arrive")
+    listen("retrace")
+    return ways
 
 
 @pytest.mark.parametrize(
@@ -153,13 +160,12 @@ def test_steps_in_a_loop_are_those_that_are_walked(method, options, monkeypatch)
         return (log_prob, z), (nfe.accepted, nfe.rejected), nfe.forward
 
     wanted = [observe(rows) for rows in (9, 6)]
-    ends = looped(monkeypatch)
+    ways = looped(monkeypatch)
     flow.transform.solver = dataclasses.replace(plain, compile=BACKEND)
     found = [observe(9)]
     with torch._dynamo.config.patch(error_on_recompile=True):  # the batch is a variable
         found.append(observe(6))
-    assert len(ends) == 4
-    assert all(end is not None for end in ends)
+    assert ways == 4 * ["arrive"]
     assert wanted[0][1][1] > 0
     for looks, (mine, theirs) in zip((2, 0), zip(found, wanted, strict=True), strict=True):
         torch.testing.assert_close(mine[0], theirs[0], atol=1e-11, rtol=1e-11)
@@ -167,20 +173,100 @@ def test_steps_in_a_loop_are_those_that_are_walked(method, options, monkeypatch)
         assert mine[2] == theirs[2] + looks  # each code that was compiled was checked
 
 
-def test_the_adjoint_goes_forward_in_a_loop(monkeypatch):
-    ends = looped(monkeypatch)
-    plain = Solver("bosh3", rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("gradient", ["adjoint", "checkpoint"])
+def test_without_a_swap_the_way_back_is_walked(gradient, monkeypatch):
+    ways = looped(monkeypatch)
+    plain = Solver("bosh3", rtol=1e-3, atol=1e-3, gradient=gradient)
     wanted = gradients(Problem(), plain)
     found = gradients(Problem(), dataclasses.replace(plain, compile=BACKEND))
-    assert len(ends) == 1
-    assert ends[0] is not None
+    assert ways == ["arrive"]
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "divergence"),
+    [
+        ("dopri5", {"gradient": "checkpoint", "norm": "batch"}, cnf.Exact()),
+        ("bosh3", {"seminorm": False}, cnf.Hutchinson(probes=2)),
+    ],
+)
+def test_a_flow_goes_both_ways_in_loops(method, options, divergence, monkeypatch):
+    monkeypatch.setattr(compiled, "ROOM", 5)  # so that one loop is not enough
+    torch.manual_seed(0)
+    plain = Solver(method, rtol=1e-4, atol=1e-4, **options)
+    flow = cnf.ffjord(
+        3,
+        hidden=(4,),
+        context_features=1,
+        solver=plain,
+        divergence=divergence,
+        trainable_end_time=True,
+    ).double()
+    with torch.no_grad():
+        for parameter in flow.transform.field.parameters():
+            parameter.mul_(4)
+    next(flow.transform.field.parameters()).requires_grad_(False)  # nothing is asked of one
+    x, context = torch.randn(9, 3, dtype=torch.float64), torch.randn(9, 1, dtype=torch.float64)
+
+    def observe(rows):
+        flow.zero_grad()
+        inputs = [part[:rows].clone().requires_grad_() for part in (x, context)]
+        request = Request(generator=torch.Generator().manual_seed(0), costs=[cnf.KineticEnergy()])
+        with count_nfe() as nfe:
+            found = flow.evaluate(*inputs, request)
+            (found.log_prob.sum() + found.costs["kinetic_energy"].sum()).backward()
+        grads = [part.grad for part in (*inputs, *flow.parameters())]
+        return [found.log_prob.detach(), *grads], (nfe.accepted, nfe.rejected), nfe
+
+    wanted = [observe(rows) for rows in (9, 6)]
+    ways = looped(monkeypatch)
+    flow.transform.solver = dataclasses.replace(plain, compile=BACKEND)
+    observe(9)
+    with torch._dynamo.config.patch(error_on_recompile=True):  # the batch is a variable
+        found = [observe(9), observe(6)]
+    back = "retrace" if plain.gradient == "checkpoint" else "arrive"
+    assert ways == 3 * ["arrive", back]
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine[0], theirs[0], atol=1e-9, rtol=1e-9)
+        assert mine[1] == theirs[1]
+        assert mine[1][0] > 10
+        assert (mine[2].forward, mine[2].backward) == (theirs[2].forward, theirs[2].backward)
+
+
+def test_few_checkpoints_and_large_states_are_walked(monkeypatch):
+    ways = looped(monkeypatch)
+    solver = Solver("bosh3", gradient="checkpoint", checkpoints=4, compile="eager")
+    flow, x = cnf.ffjord(2, hidden=(4,), solver=solver), torch.randn(5, 2)
+    flow.log_prob(x).sum().backward()
+    assert ways == []
+    monkeypatch.setattr(compiled, "LARGE", 14)
+    flow.transform.solver = dataclasses.replace(solver, checkpoints=None)
+    flow.log_prob(x).sum().backward()
+    assert ways == ["retrace"]  # what is kept anyhow is gone back along
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "checkpoint"])
+def test_a_way_back_that_fails_is_told_as_steps_that_are_walked(gradient):
+    def rhs(t, state, scale=None):
+        # differentiated where it is zero, a root gives infinity times zero
+        return (scale * torch.sqrt((t - 0.5).clamp_min(0) * state[0]),)
+
+    told = []
+    for compile in (False, BACKEND):
+        scale = torch.ones((), requires_grad=True)
+        at = lambda numbers: 2 * (lambda t, state: rhs(t, state, *numbers),)  # noqa: E731
+        solver = Solver("bosh3", rtol=1e-3, atol=1e-3, gradient=gradient, compile=compile)
+        (y,), _ = integrate(at([scale])[0], (torch.ones(3, 2),), END, solver, [scale], swap=at)
+        with pytest.raises(NonFiniteState) as caught:
+            y[-1].sum().backward()
+        told.append((caught.value.what, caught.value.time, caught.value.step))
+    assert told[0] == told[1]
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_inductor_makes_a_loop(monkeypatch):
-    ends = looped(monkeypatch)
+    ways = looped(monkeypatch)
     state = (torch.randn(5, 2), torch.zeros(5))
     rhs = lambda t, parts: (torch.tanh(parts[0]) * t, parts[0].sum(-1))  # noqa: E731
     plain = Solver("bosh3", rtol=1e-4, atol=1e-4)
@@ -191,20 +277,41 @@ def test_inductor_makes_a_loop(monkeypatch):
             found, counted = integrate(rhs, start, END, dataclasses.replace(plain, compile=True))
         torch.testing.assert_close(found, wanted)
         assert (counted.accepted, counted.rejected) == (stats.accepted, stats.rejected)
-    assert len(ends) == 2
-    assert all(end is not None for end in ends)
+    assert ways == 2 * ["arrive"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("gradient", ["adjoint", "checkpoint"])
+def test_inductor_goes_back_in_a_loop(gradient, monkeypatch):
+    def given(numbers):
+        (weight,) = numbers
+        rhs = lambda t, state: (torch.tanh(state[0] @ weight) * t,)  # noqa: E731
+        return rhs, rhs
+
+    ways = looped(monkeypatch)
+    found = []
+    for compile in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        x, weight = (torch.randn(n, 2, generator=generator, requires_grad=True) for n in (5, 2))
+        solver = Solver("bosh3", rtol=1e-4, atol=1e-4, gradient=gradient, compile=compile)
+        (y,), _ = integrate(given([weight])[0], (x,), END, solver, [weight], swap=given)
+        y[-1].square().sum().backward()
+        found.append([y.detach(), x.grad, weight.grad])
+    assert ways == ["arrive", "arrive" if gradient == "adjoint" else "retrace"]
+    for plain, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain)
 
 
 def test_without_a_compiler_steps_are_walked(monkeypatch):
     monkeypatch.setattr(compiling, "has_compiler", lambda: False)
     compiled.code.cache_clear()
-    ends = looped(monkeypatch)
+    ways = looped(monkeypatch)
     rhs, state = (lambda t, parts: (-t * parts[0],)), (torch.ones(3, 2),)
     with torch.no_grad(), pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
         found, _ = integrate(rhs, state, END, Solver("bosh3", compile=True))
     compiled.code.cache_clear()
     torch.testing.assert_close(found, integrate(rhs, state, END, Solver("bosh3"))[0])
-    assert ends == []
+    assert ways == []
 
 
 @pytest.mark.parametrize(
@@ -241,12 +348,12 @@ def test_what_makes_no_loop_is_compiled_step_by_step(monkeypatch):
 
     solver = Solver("bosh3", rtol=1e-2, atol=1e-2, compile=BACKEND)
     flow, x = cnf.Continuous(Counting(), solver=solver), torch.randn(4, 2)
-    ends = looped(monkeypatch)
+    ways = looped(monkeypatch)
     with torch.no_grad():
         found = [flow(x, request=Request(log_det=False)).value for _ in range(3)]
         flow.solver = dataclasses.replace(solver, compile=False)
         wanted = flow(x, request=Request(log_det=False)).value
-    assert ends == [None]  # and not tried again
+    assert ways == ["no arrive"]  # and not tried again
     assert float(flow.field.calls) > 40
     for value in found:
         torch.testing.assert_close(value, wanted)

@@ -7,16 +7,17 @@ state proper and its adjoint go back, with the parameters' gradients as quadratu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from cnf.ode import compiled
-from cnf.ode.guard import Rhs, State, Velocity, Watch, cut, error_norm, join
+from cnf.ode.compiled import CompiledSteps, travel
+from cnf.ode.guard import Rhs, State, Swap, Velocity, Watch, cut, error_norm, join
 from cnf.ode.runge_kutta import PlainSteps, Steps, tableau
 from cnf.ode.solver import Solver
-from cnf.ode.stepper import advance
+from cnf.ode.traced import Spec
 
 
 def backward_rhs(
@@ -55,6 +56,27 @@ def backward_rhs(
         return (
             *[part.detach() for part in parts[:count]],
             *[-grad for grad in grads[:count]],
+            *([torch.cat(rest)] if rest else []),
+        )
+
+    return backward
+
+
+def traced_rhs(swap: Swap, tracked: State, sources: Sequence[Tensor], count: int) -> Rhs:
+    """The same as ``backward_rhs`` gives, in operations that loops of compiled code follow."""
+    # copies, because what a loop looks at must not share memory
+    sources = [source.clone() for source in sources]
+
+    def backward(t: Tensor, state: State) -> State:
+        def forward(y: State, numbers: State) -> State:
+            return swap(numbers)[0](t, y)
+
+        parts, pull = torch.func.vjp(forward, state[:count], tracked)  # type: ignore[misc]
+        grads, terms = pull((*state[count:], *sources))
+        rest = [-term.reshape(-1) for term in terms]
+        return (
+            *parts[:count],
+            *[-grad for grad in grads],
             *([torch.cat(rest)] if rest else []),
         )
 
@@ -124,14 +146,19 @@ def walk_adjoint(
     table = tableau(solver.method)
     anchor = gradient.new_zeros(()).requires_grad_()
 
-    def steps(sources: Sequence[Tensor]) -> Steps:
-        if solver.compile:
-            rhs = backward_rhs(velocity.rhs, tracked, sources, count, anchor)
-            spec = compiled.Spec(rhs, 2 * count, tuple(norms), table)
-            return compiled.CompiledSteps(spec, shapes, solver, velocity)
+    def plain(sources: Sequence[Tensor]) -> Steps:
         rhs = backward_rhs(velocity.parts, tracked, sources, count)
         flat = Flattened(rhs, shapes[: 2 * count], watch)
         return PlainSteps(flat, table, solver.rtol, solver.atol, error_norm(shapes, norms))
+
+    def steps(sources: Sequence[Tensor]) -> Steps:
+        if not solver.compile:
+            return plain(sources)
+        rhs = backward_rhs(velocity.rhs, tracked, sources, count, anchor)
+        spec, looped = Spec(rhs, 2 * count, tuple(norms), table), None
+        if velocity.swap is not None:
+            looped = spec._replace(rhs=traced_rhs(velocity.swap, tuple(tracked), sources, count))
+        return CompiledSteps(spec, shapes, solver, velocity, looped)
 
     # the equations are linear in the adjoint: at the scale of one, atol means the same for the mean
     # of a batch as for its sum
@@ -142,12 +169,13 @@ def walk_adjoint(
     for index in range(len(points) - 1, 0, -1):
         adjoint = adjoint + gradient[index, :size]
         constant = constant + gradient[index, size:]
-        taken = steps(velocity.split_integrals(constant))
+        sources = velocity.split_integrals(constant)
         # the solution is known at every requested time: what the way back has lost is made good
         flat = torch.cat([solution[index, :size], adjoint, grads])
         span = (points[index], points[index - 1])
-        for _, after, _ in advance(taken, flat, span, solver, watch):
-            flat = after
+        plainly = functools.partial(plain, sources)
+        path = travel(steps(sources), plainly, flat, span, solver, watch, keep=False)
+        flat = path.solution[-1]
         adjoint, grads = flat[size : 2 * size], flat[2 * size :]
     start = scale * (torch.cat([adjoint, constant]) + gradient[0])
     pieces = (scale * grads).split([parameter.numel() for parameter in tracked])

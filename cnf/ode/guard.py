@@ -25,6 +25,8 @@ from cnf.ode.solver import ADAPTIVE, SCIPY, Solver
 
 State = tuple[Tensor, ...]
 Rhs = Callable[[Tensor, State], State]
+# the right-hand side, and the proper state's alone, with other tensors in place of its parameters
+Swap = Callable[[Sequence[Tensor]], tuple[Rhs, Rhs]]
 Norm = Callable[[Tensor], Tensor]
 
 # stands for NaN and infinity in error norms: large enough to shrink a step as fast as the method
@@ -172,6 +174,7 @@ class Velocity:
         tracked: Sequence[Tensor],
         integrals: int = 0,
         proper_rhs: Rhs | None = None,
+        swap: Swap | None = None,
     ):
         self.rhs = rhs
         self.shapes = shapes
@@ -179,6 +182,7 @@ class Velocity:
         # the state without what is only integrated, which no velocity depends on
         self.proper = len(shapes) - integrals
         self.proper_rhs = proper_rhs or (lambda t, state: rhs(t, state)[: self.proper])
+        self.swap = swap
         self.proper_size = sum(self.sizes[: self.proper])
         self.dtype = dtype
         self.watch = watch

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
-from cnf.ode import adjoint, compiled, stepper
+from cnf.ode import adjoint, stepper
+from cnf.ode.checks import check_state, check_times
+from cnf.ode.compiled import CompiledSteps, settings, travel, travel_back
 from cnf.ode.errors import (
     NonFiniteState,
     SecondOrderGradient,
@@ -22,11 +22,12 @@ from cnf.ode.errors import (
     StepUnderflow,
     TooManySteps,
 )
-from cnf.ode.guard import Rhs, State, Velocity, Watch, error_norm, finite
+from cnf.ode.guard import Rhs, State, Swap, Velocity, Watch, error_norm, finite
 from cnf.ode.quadrature import QuadratureSteps, inner_stages
 from cnf.ode.recorder import Stats
 from cnf.ode.runge_kutta import PlainSteps, Steps, evaluate, tableau
-from cnf.ode.solver import ADAPTIVE, FIXED, MULTISTEP, SCIPY, Solver
+from cnf.ode.solver import ADAPTIVE, FIXED, SCIPY, Solver
+from cnf.ode.traced import Spec
 
 
 def integrate(
@@ -38,6 +39,7 @@ def integrate(
     *,
     integrals: int = 0,
     proper_rhs: Rhs | None = None,
+    swap: Swap | None = None,
     in_norm: Sequence[bool] | None = None,
     name: str = "",
 ) -> tuple[State, Stats]:
@@ -57,6 +59,8 @@ def integrate(
             ``rhs`` gives their derivatives, but is called without them. The adjoint leaves them
             out of its state, and ``Solver.quadrature`` out of the stages of its steps.
         proper_rhs: the derivatives of the other parts alone, where they cost less than all.
+        swap: gives both right-hand sides with other tensors in place of ``parameters``, so that
+            what is compiled can go all the way back in one piece of code.
         in_norm: which parts of the state steer the step size; None means all of them.
         name: what recorders and errors call this solve.
 
@@ -78,8 +82,8 @@ def integrate(
         >>> y.shape, bool((y[1] - torch.exp(torch.tensor(-1.0))).abs().max() < 1e-5)
         (torch.Size([2, 2]), True)
     """
-    shapes = _check_state(state)
-    points = _check_times(times, solver)
+    shapes = check_state(state)
+    points = check_times(times, solver)
     tracked = tuple(parameter for parameter in parameters if parameter.requires_grad)
     counted = [True] * len(state) if in_norm is None else list(in_norm)
     if len(counted) != len(state) or not any(counted):
@@ -93,8 +97,9 @@ def integrate(
             f"{integrals}"
         )
     problem = Problem(
-        rhs, shapes, points, times, state[0], solver, tracked, integrals, proper_rhs, counted, name
-    )
+        rhs, shapes, points, times, state[0], solver, tracked, integrals, proper_rhs,
+        swap and _of_tracked(swap, parameters), counted, name,
+    )  # fmt: skip
     if points[0] == points[-1] or not any(shape.numel() for shape in shapes):
         return _at_rest(state, len(points), tracked), problem.watch.finish()
     flat = torch.cat([part.reshape(-1) for part in state])
@@ -121,6 +126,7 @@ class Problem:
         tracked: tuple[Tensor, ...],
         integrals: int,
         proper_rhs: Rhs | None,
+        swap: Swap | None,
         in_norm: list[bool],
         name: str,
     ):
@@ -137,7 +143,7 @@ class Problem:
         self.norm = error_norm(shapes, self.norms)
         self.watch = Watch(solver, points, torch.finfo(like.dtype).eps, name)
         self.velocity = Velocity(
-            rhs, shapes, like.dtype, self.watch, tracked, integrals, proper_rhs
+            rhs, shapes, like.dtype, self.watch, tracked, integrals, proper_rhs, swap
         )
 
     def solve(self, flat: Tensor) -> tuple[Tensor, Stats]:
@@ -161,7 +167,7 @@ class Problem:
             with torch.no_grad():
                 if not self.solver.walks:
                     return self.odeint(flat)
-                return self.arrive(flat)
+                return self.walk(flat, keep=False).solution
         if mode == "checkpoint":
             return _Checkpointed.apply(self, flat, *self.tracked)
         function = _Adjoint if self.solver.walks else _TorchdiffeqAdjoint
@@ -212,24 +218,12 @@ class Problem:
             )
         )
 
-    def walk(self, flat: Tensor) -> stepper.Path:
-        """The solution by our own stepper, and the way there."""
+    def walk(self, flat: Tensor, keep: bool = True) -> stepper.Path:
+        """The solution by our own stepper, and the way there if it is to be kept."""
         with self._settings():
-            return stepper.walk(self.steps(), flat, self.points, self.solver, self.watch)
-
-    def arrive(self, flat: Tensor) -> Tensor:
-        """The solution by our own stepper, which keeps nothing of the way."""
-        with self._settings():
-            steps = self.steps()
-            if isinstance(steps, compiled.CompiledSteps) and steps.loops(flat, self.points):
-                end = steps.arrive(flat, self.points)
-                if end is not None:
-                    return torch.stack([flat, end])
-                if steps.loops(flat, self.points):
-                    # plain ones say what is wrong, with nothing to compile first
-                    steps = self.plain_steps()
-            path = stepper.walk(steps, flat, self.points, self.solver, self.watch, keep=False)
-            return path.solution
+            return travel(
+                self.steps(), self.plain_steps, flat, self.points, self.solver, self.watch, keep
+            )
 
     def steps(self) -> Steps:
         """The method's steps of the forward pass."""
@@ -237,10 +231,10 @@ class Problem:
         if not solver.compile:
             return self.plain_steps()
         table = tableau(solver.method)
-        spec = compiled.Spec(velocity.rhs, velocity.proper, self.norms, table)
+        spec = Spec(velocity.rhs, velocity.proper, self.norms, table)
         if self.by_quadrature:
             spec = spec._replace(alone=velocity.proper_rhs, inner=inner_stages(table))
-        return compiled.CompiledSteps(spec, velocity.shapes, solver, velocity)
+        return CompiledSteps(spec, velocity.shapes, solver, velocity, looped=spec)
 
     def plain_steps(self) -> Steps:
         """The same, operation by operation."""
@@ -299,14 +293,14 @@ class Problem:
 
     def differentiate_walk(
         self, path: stepper.Path, gradient: Tensor
-    ) -> tuple[Tensor, list[Tensor | None]]:
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
         """The gradients of the initial state and of the tracked tensors, step by step."""
         watch = self.watch
         watch.begin("backward", adaptive=False)
         try:
             with self._settings():
-                start, grads = stepper.walk_back(
-                    self.steps(), path, gradient, self.tracked, self.solver, watch
+                start, grads = travel_back(
+                    self.steps(), self.plain_steps, path, gradient, self.tracked, self.solver, watch
                 )
             found = [start, *[grad for grad in grads if grad is not None]]
             watch.arrived(found, self.points[0], "the gradient is")
@@ -334,13 +328,14 @@ class Problem:
             self.tracked,
             self.integrals,
             velocity.proper_rhs,
+            velocity.swap,
             self.in_norm,
             self.watch.name,
         )
 
     def _settings(self) -> contextlib.AbstractContextManager[None]:
         """What the compiler of steps is to be told, once for a pass."""
-        return compiled.settings() if self.solver.compile else contextlib.nullcontext()
+        return settings() if self.solver.compile else contextlib.nullcontext()
 
     def _finished(self, solution: Tensor) -> Tensor:
         if len(solution) < len(self.points):
@@ -397,7 +392,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, problem: Problem, flat: Tensor, *parameters: Tensor) -> Tensor:
-        solution = problem.arrive(flat)
+        solution = problem.walk(flat, keep=False).solution
         ctx.problem = problem
         # the parameters too, for torch to refuse a backward pass after they have changed
         ctx.save_for_backward(solution, *parameters)
@@ -450,6 +445,16 @@ class _Checkpointed(torch.autograd.Function):
         return None, start, *grads
 
 
+def _of_tracked(swap: Swap, parameters: Sequence[Tensor]) -> Swap:
+    """A swap of those parameters alone that require grad."""
+
+    def swapped(numbers: Sequence[Tensor]) -> tuple[Rhs, Rhs]:
+        given = iter(numbers)
+        return swap([next(given) if tensor.requires_grad else tensor for tensor in parameters])
+
+    return swapped
+
+
 def _at_rest(state: State, count: int, tracked: Sequence[Tensor]) -> State:
     # an empty sum of each parameter: zero, and connected, so that its gradient is zero, not None
     nothing = [parameter.reshape(-1)[:0].sum() for parameter in tracked]
@@ -457,39 +462,3 @@ def _at_rest(state: State, count: int, tracked: Sequence[Tensor]) -> State:
         sum((zero.to(part) for zero in nothing), part.expand(count, *part.shape).clone())
         for part in state
     )
-
-
-def _check_state(state: State) -> list[torch.Size]:
-    if isinstance(state, Tensor) or not state:
-        raise TypeError("the state must be a tuple of tensors; wrap a single one as (x,)")
-    dtypes, devices = {part.dtype for part in state}, {part.device for part in state}
-    if len(dtypes) > 1 or len(devices) > 1 or not state[0].is_floating_point():
-        raise TypeError(
-            "the parts of the state must have one floating-point dtype and one device, got "
-            f"{[str(dtype) for dtype in dtypes]} on {[str(device) for device in devices]}"
-        )
-    return [part.shape for part in state]
-
-
-def _check_times(times: Tensor, solver: Solver) -> list[float]:
-    if times.dim() != 1 or not len(times) or not times.is_floating_point():
-        raise ValueError(
-            "times must be a one-dimensional floating-point tensor, got shape "
-            f"{tuple(times.shape)} and dtype {times.dtype}"
-        )
-    if times.requires_grad:
-        raise ValueError(
-            "times cannot require grad; to learn the end time, scale the velocity's clock: "
-            "T v(T t, x) on [0, 1]"
-        )
-    points = times.tolist()
-    gaps = [end - start for start, end in pairwise(points)]
-    still = all(gap == 0 for gap in gaps)
-    steady = all(gap > 0 for gap in gaps) or all(gap < 0 for gap in gaps)
-    if not all(map(math.isfinite, points)) or not (still or steady):
-        raise ValueError(f"times must be finite and increase or decrease throughout, got {points}")
-    if solver.method in MULTISTEP and gaps and max(gaps) - min(gaps) > 1e-4 * abs(sum(gaps)):
-        raise ValueError(
-            f"{solver.method!r} remembers earlier steps and needs evenly spaced times, got {points}"
-        )
-    return points

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from cnf.costs import PathPoint
 from cnf.divergence import Divergence, Exact, event_dims, refuse_coupling
 from cnf.ode import Solver, integrate
+from cnf.ode.guard import Rhs, State, Swap
 from cnf.transforms.base import Mapped, Request, Transform
 
 DEFAULT_REQUEST = Request()
@@ -146,12 +149,16 @@ class Continuous(Transform):
                 "one; ask for more, e.g. Hutchinson(probes=8)"
             )
 
-        def velocity(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def velocity(
+            t: Tensor, state: State, context: Tensor | None = context, clock: Tensor = clock
+        ) -> State:
             return (clock * self.field(clock * t, state[0], context),)
 
-        def rhs(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def rhs(
+            t: Tensor, state: State, context: Tensor | None = context, clock: Tensor = clock
+        ) -> State:
             if noise is None:
-                return velocity(t, state)
+                return velocity(t, state, context, clock)
             x, t = state[0], clock * t
             point = divergence(self.field, t, x, context, noise, products)
             at = PathPoint(self.field, t, x, context, point)
@@ -176,6 +183,7 @@ class Continuous(Transform):
             self._differentiated(context, clock),
             integrals=len(state) - 1,
             proper_rhs=velocity,
+            swap=self._swap(rhs, velocity, context) if self.solver.compile else None,
             in_norm=[True] * (1 + traced) + [request.costs_in_norm] * len(request.costs),
             name=self.name,
         )
@@ -195,11 +203,43 @@ class Continuous(Transform):
         # the adjoint's gradient is silently zero for whatever is not among these
         return (*self.field.parameters(), *([] if context is None else [context]), clock)
 
+    def _swap(
+        self, rhs: Callable[..., State], velocity: Callable[..., State], context: Tensor | None
+    ) -> Swap:
+        """Both right-hand sides with other tensors in place of what is differentiated."""
+        names = [f"field.{name}" for name, _ in self.field.named_parameters()]
+        caller = _Caller(self.field)
+
+        def swap(numbers: Sequence[Tensor]) -> tuple[Rhs, Rhs]:
+            *inner, clock = numbers
+            seen = context if context is None else inner.pop()
+            field = dict(zip(names, inner, strict=True))
+
+            def swapped(function: Callable[..., State]) -> Rhs:
+                return lambda t, state: functional_call(
+                    caller, field, (function, t, state, seen, clock)
+                )
+
+            return swapped(rhs), swapped(velocity)
+
+        return swap
+
     def extra_repr(self) -> str:
         """What is not a module."""
         learned = ", trainable" if self.log_end_time is not None else ""
         time = f", end_time={self.end_time}{learned}" if self.end_time != 1 or learned else ""
         return f"divergence={self.divergence}, solver={self.solver}{time}"
+
+
+class _Caller(nn.Module):
+    """Calls what calls a field, for ``functional_call`` to give the field other parameters."""
+
+    def __init__(self, field: nn.Module):
+        super().__init__()
+        self.field = field
+
+    def forward(self, function: Callable[..., State], *arguments: Any) -> State:
+        return function(*arguments)
 
 
 def _of_kind(role: str, given: T, kind: type) -> T:
