@@ -293,13 +293,13 @@ class Flow(nn.Module):
     # ---- the two directions ----------------------------------------------------------------
 
     def _score(self, x: Tensor, seen: Tensor | None, request: Request | None) -> Mapped:
-        return self._compiled.get("score", self._run_score)(x, seen, request)
+        return _in_rows(self._compiled.get("score", self._run_score)(x, seen, request))
 
     def _inverse(self, x: Tensor, seen: Tensor | None, request: Request | None) -> Mapped:
-        return self._compiled.get("inverse", self._run_inverse)(x, seen, request)
+        return _in_rows(self._compiled.get("inverse", self._run_inverse)(x, seen, request))
 
     def _forward(self, z: Tensor, seen: Tensor | None, request: Request | None) -> Mapped:
-        return self._compiled.get("forward", self._run_forward)(z, seen, request)
+        return _in_rows(self._compiled.get("forward", self._run_forward)(z, seen, request))
 
     def _run_score(self, x: Tensor, seen: Tensor | None, request: Request | None) -> Mapped:
         """The inverse, with the log-density in place of the log-determinant."""
@@ -464,3 +464,8 @@ class Flow(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # compiled code belongs to this process
         return {**self.__dict__, "_compiled": {}}
+
+
+def _in_rows(mapped: Mapped) -> Mapped:
+    """The same with each point's numbers side by side: layers pass them on as they come."""
+    return mapped._replace(value=mapped.value.contiguous())
