@@ -23,6 +23,10 @@ from cnf.transforms.normalization import Standardize
 from cnf.transforms.support import SupportedStandardize
 
 VALUE_ONLY = Request(log_det=False)
+# Steps of an autoregressive transform up to which compiling them pays. With five layers and 512
+# samples, affine ones took 0.57 of the time with 2 steps, 0.7 with 4, 0.8 with 8 and 1.1 with 16
+# (splines 0.2 with 2 and 4), after 20, 20, 40 and 70 seconds of compiling.
+UNROLLED = 8
 
 
 class Evaluation(NamedTuple):
@@ -440,7 +444,8 @@ class Flow(nn.Module):
         """Compile scoring and sampling in place; the first call of each pays for it.
 
         The solver's loop stays what it is: continuous blocks compile their steps, as
-        ``Solver(compile=mode or backend)`` does, where their solver can.
+        ``Solver(compile=mode or backend)`` does, where their solver can. So does a direction in
+        which an autoregressive transform finds more than a few features one after the other.
 
         Args:
             backend: as in ``torch.compile``.
@@ -450,14 +455,16 @@ class Flow(nn.Module):
         for block in self.modules():
             if isinstance(block, Continuous) and block.solver.compiles:
                 block.solver = dataclasses.replace(block.solver, compile=mode or backend)
+        forward, inverse = self.transform.steps
         runs = {
-            "score": self._run_score,
-            "inverse": self._run_inverse,
-            "forward": self._run_forward,
+            "score": (self._run_score, inverse),
+            "inverse": (self._run_inverse, inverse),
+            "forward": (self._run_forward, forward),
         }
         self._compiled = {
             name: compiled(run, backend=backend, mode=mode, dynamic=dynamic)
-            for name, run in runs.items()
+            for name, (run, steps) in runs.items()
+            if steps <= UNROLLED
         }
         return self
 

@@ -251,9 +251,14 @@ class MADE(nn.Module):
             rows = rows.index_select(0, self.place)
         return rows.t().contiguous().view(z.shape)
 
+    @property
+    def passes(self) -> int:
+        """The number of steps that ``autoregress`` takes."""
+        return len(self._counts)
+
     def extra_repr(self) -> str:
-        """Sizes, and the number of steps that ``autoregress`` takes."""
-        return f"features={self.features}, outputs={self.outputs}, passes={len(self._counts)}"
+        """Sizes and passes."""
+        return f"features={self.features}, outputs={self.outputs}, passes={self.passes}"
 
     def _autoregress_arrays(
         self, step: Callable[[Array, Array], Array], z: Tensor, context: Tensor | None

@@ -71,10 +71,12 @@ class Transform(nn.Module, ABC):
     Attributes:
         bijective: whether inverse∘forward is the identity, sample by sample.
         exact: whether ``log_det`` is the log-determinant, not a bound or an estimate.
+        steps: how many steps ``forward`` and ``inverse`` take that a compiler would unroll.
     """
 
     bijective: bool = True
     exact: bool = True
+    steps: tuple[int, int] = (1, 1)
 
     @abstractmethod
     def forward(
@@ -152,6 +154,12 @@ class Chain(Transform):
     def exact(self) -> bool:  # type: ignore[override]
         """Whether every part is."""
         return all(part.exact for part in self)
+
+    @property
+    def steps(self) -> tuple[int, int]:  # type: ignore[override]
+        """The most that any part takes."""
+        forward, inverse = zip((1, 1), *(part.steps for part in self), strict=True)
+        return max(forward), max(inverse)
 
     def __iter__(self) -> Iterator[Transform]:
         return iter(self.parts)  # type: ignore[arg-type]
@@ -267,6 +275,12 @@ class Inverse(Transform):
     def exact(self) -> bool:  # type: ignore[override]
         """Whether the part is."""
         return self.part.exact
+
+    @property
+    def steps(self) -> tuple[int, int]:  # type: ignore[override]
+        """The part's, in the other order."""
+        forward, inverse = self.part.steps
+        return inverse, forward
 
     def forward(
         self, z: Tensor, context: Tensor | None = None, request: Request | None = None
