@@ -13,10 +13,15 @@ Array = np.ndarray[Any, Any]
 
 def fits_arrays(*values: Tensor) -> bool:
     """Whether arrays can stand for these tensors: no gradient is wanted, and NumPy knows them."""
-    return (
-        not torch.is_grad_enabled()
-        and all(value.device.type == "cpu" for value in values)
-        and {value.dtype for value in values} in ({torch.float32}, {torch.float64})
-        and not torch.compiler.is_dynamo_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_dynamo_compiling()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return False
+    dtype = values[0].dtype
+    # a loop, because generators take several times as long
+    for value in values:
+        if not value.is_cpu or value.dtype != dtype:
+            return False
+    return dtype in (torch.float32, torch.float64)

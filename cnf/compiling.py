@@ -46,7 +46,7 @@ def compiled(
         variants: how many kinds of arguments are compiled; the others run uncompiled, or with
             ``whole`` are an error. None leaves it to torch, as does a torch that knows no such
             number.
-        native: have Inductor call its kernels from C++ as well, which pays in a loop.
+        native: have Inductor call its kernels from C++ as well, which pays where they are short.
     """
     if backend == "inductor" and not has_compiler():
         warnings.warn(

@@ -23,6 +23,10 @@ from cnf.transforms.normalization import Standardize
 from cnf.transforms.support import SupportedStandardize
 
 VALUE_ONLY = Request(log_det=False)
+# Steps of an autoregressive transform up to which compiling them pays. 512 samples of five layers
+# took 0.57 of the time with 2 steps, 0.7 with 4, 0.8 with 8 and 1.1 with 16, if they were affine,
+# after 20, 20, 40 and 70 seconds of compiling; splines 0.2 with 2, 4 and 8, after 35, 40 and 75.
+UNROLLED = 8
 
 
 class Evaluation(NamedTuple):
@@ -293,13 +297,13 @@ class Flow(nn.Module):
     # ---- the two directions ----------------------------------------------------------------
 
     def _score(self, x: Tensor, seen: Tensor | None, request: Request | None) -> Mapped:
-        return self._compiled.get("score", self._run_score)(x, seen, request)
+        return _in_rows(self._compiled.get("score", self._run_score)(x, seen, request))
 
     def _inverse(self, x: Tensor, seen: Tensor | None, request: Request | None) -> Mapped:
-        return self._compiled.get("inverse", self._run_inverse)(x, seen, request)
+        return _in_rows(self._compiled.get("inverse", self._run_inverse)(x, seen, request))
 
     def _forward(self, z: Tensor, seen: Tensor | None, request: Request | None) -> Mapped:
-        return self._compiled.get("forward", self._run_forward)(z, seen, request)
+        return _in_rows(self._compiled.get("forward", self._run_forward)(z, seen, request))
 
     def _run_score(self, x: Tensor, seen: Tensor | None, request: Request | None) -> Mapped:
         """The inverse, with the log-density in place of the log-determinant."""
@@ -440,7 +444,8 @@ class Flow(nn.Module):
         """Compile scoring and sampling in place; the first call of each pays for it.
 
         The solver's loop stays what it is: continuous blocks compile their steps, as
-        ``Solver(compile=mode or backend)`` does, where their solver can.
+        ``Solver(compile=mode or backend)`` does, where their solver can. So does a direction in
+        which an autoregressive transform finds more than a few features one after the other.
 
         Args:
             backend: as in ``torch.compile``.
@@ -450,17 +455,26 @@ class Flow(nn.Module):
         for block in self.modules():
             if isinstance(block, Continuous) and block.solver.compiles:
                 block.solver = dataclasses.replace(block.solver, compile=mode or backend)
+        forward, inverse = self.transform.steps
         runs = {
-            "score": self._run_score,
-            "inverse": self._run_inverse,
-            "forward": self._run_forward,
+            "score": (self._run_score, inverse),
+            "inverse": (self._run_inverse, inverse),
+            "forward": (self._run_forward, forward),
         }
+        # on a CPU a tenth of the time is Python's that starts the kernels
+        native = mode is None and self.device.type == "cpu"
         self._compiled = {
-            name: compiled(run, backend=backend, mode=mode, dynamic=dynamic)
-            for name, run in runs.items()
+            name: compiled(run, backend=backend, mode=mode, dynamic=dynamic, native=native)
+            for name, (run, steps) in runs.items()
+            if steps <= UNROLLED
         }
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # compiled code belongs to this process
         return {**self.__dict__, "_compiled": {}}
+
+
+def _in_rows(mapped: Mapped) -> Mapped:
+    """The same with each point's numbers side by side: layers pass them on as they come."""
+    return mapped._replace(value=mapped.value.contiguous())

@@ -18,8 +18,16 @@ import cnf
 from cnf import compiling
 from cnf.bijections import Affine
 from cnf.distributions import Normal
-from cnf.nets import MLP
-from cnf.transforms import BatchNorm, Coupling, Transform, half_mask
+from cnf.nets import MADE, MLP
+from cnf.transforms import (
+    Autoregressive,
+    BatchNorm,
+    Chain,
+    Coupling,
+    Inverse,
+    Transform,
+    half_mask,
+)
 from cnf.transforms.base import Mapped
 from tests.registry import TRANSFORMS, Member, image_models, models
 from tests.test_laws import contexts, make, points
@@ -268,3 +276,49 @@ def test_code_by_columns_takes_any_batch(build, options, shape):
         flow.compile(backend="aot_eager")
         found = flow.log_prob(x, context), flow.encode(x, context)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("kwargs", "unrolled"),
+    [({}, False), ({"passes": 2}, True), ({"adjacency": torch.ones(12, 12).tril(-6)}, True)],
+    ids=["features", "passes", "graph"],
+)
+def test_many_steps_are_left_uncompiled(kwargs, unrolled, turned):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    part = Autoregressive(Affine(), MADE(12, 2, hidden=(16,), zero_last=False, **kwargs))
+    flow = cnf.Flow(Chain([Inverse(part) if turned else part]), Normal(12)).double()
+    x = torch.randn(6, 12).double()
+
+    def seeded(function):
+        torch.manual_seed(0)
+        return function((6,))
+
+    def gradients(value):
+        return [value.detach(), *torch.autograd.grad(value.square().sum(), [*part.parameters()])]
+
+    directions = [
+        lambda: [
+            seeded(flow.sample),
+            *gradients(seeded(flow.rsample)),
+            *gradients(seeded(flow.sample_and_log_prob)[1]),
+        ],
+        lambda: [*gradients(flow.log_prob(x)), flow.encode(x).detach()],
+    ]
+    expected = [observe() for observe in directions]
+    graphs = torch._dynamo.utils.counters["stats"]
+    flow.compile(backend="aot_eager")
+    for observe, wanted, forward in zip(directions, expected, [True, False], strict=True):
+        graphs.clear()
+        torch.testing.assert_close(observe(), wanted, atol=1e-9, rtol=1e-9)
+        compiles = unrolled or forward == turned
+        assert bool(graphs["unique_graphs"]) == compiles
+
+
+def test_few_steps_are_told_by_the_transform():
+    flow = cnf.maf(5, layers=3, hidden=(8,))
+    assert flow.transform.steps == (5, 1)
+    assert cnf.iaf(5, layers=3, hidden=(8,)).transform.steps == (1, 5)
+    assert cnf.realnvp(5).transform.steps == (1, 1)
+    assert Chain([flow.transform, Inverse(flow.transform)]).steps == (5, 5)

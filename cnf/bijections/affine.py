@@ -109,13 +109,16 @@ class Affine(ScalarMap):
         return x, _like(log_scale, x)
 
     def forward_array(self, z: Array, parameters: Array) -> tuple[Array, Array]:
-        """z·exp(s) + b, without a gradient."""
+        """z·exp(s) + b, without a gradient; s takes the memory of r."""
         if self.scale != "tanh":
             return super().forward_array(z, parameters)
         shift, log_scale = parameters[..., 0], parameters[..., 1]
         if self.bound is not None:
-            log_scale = np.tanh(log_scale / self.bound)
-            log_scale *= self.bound
+            # NumPy takes as long to make an array of a number as to compute some hundreds
+            bound = np.asarray(self.bound, log_scale.dtype)
+            np.divide(log_scale, bound, out=log_scale)
+            np.tanh(log_scale, out=log_scale)
+            np.multiply(log_scale, bound, out=log_scale)
         x = np.exp(log_scale)
         x *= z
         x += shift

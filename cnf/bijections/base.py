@@ -67,7 +67,7 @@ class ScalarMap(ABC):
         """``forward`` of arrays, which have no gradient.
 
         Where a few numbers at a time are mapped, a formula of NumPy's takes less time than torch
-        takes to start.
+        takes to start. The parameters may be overwritten.
         """
         x, log_derivative = self.forward(torch.from_numpy(z), torch.from_numpy(parameters))
         return x.numpy(), log_derivative.numpy()

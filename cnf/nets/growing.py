@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
@@ -25,6 +25,33 @@ class Activate(Protocol):
         """Apply the activation."""
 
 
+class Levels:
+    """Which units and inputs of a layer come with each level.
+
+    Args:
+        units: how many units are known after each level.
+        inputs: how many inputs come in at each level; after the last one, too, if any.
+        head: how many inputs of ``GrowingArray`` are known from the start.
+
+    Attributes:
+        places: the rows that the inputs of each level go to.
+        known: the rows of all inputs that are known then.
+        weights: the rows and columns of the weight for the units that are known then.
+    """
+
+    def __init__(self, units: list[int], inputs: list[int], head: int):
+        self.units, self.inputs, self.head = units, inputs, head
+        # kept, because to make a slice takes as long as to take it
+        self.places = [*_slices(inputs, head)]
+        self.known = [slice(place.stop) for place in self.places]
+        self.weights = [*zip(_slices(units), self.known, strict=False)]
+
+
+def _slices(counts: list[int], start: int = 0) -> Iterator[slice]:
+    """So many rows each, one after the other."""
+    return (slice(*ends) for ends in pairwise(accumulate(counts, initial=start)))
+
+
 class Growing:
     """A linear layer of which some inputs come in at each level, and then some units are known.
 
@@ -33,16 +60,13 @@ class Growing:
     Args:
         weight: ``(units, inputs)``, both sorted by level.
         bias: ``(units, batch or 1)``.
-        units: how many units are known after each level.
-        inputs: how many inputs come in at each level.
+        levels: which units and inputs come with each level.
         batch: how many samples there are.
     """
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor, units: list[int], inputs: list[int], batch: int
-    ):
-        self.units, self.inputs = units, inputs
-        self.weights, self.biases = (rows.split_with_sizes(units) for rows in (weight, bias))
+    def __init__(self, weight: Tensor, bias: Tensor, levels: Levels, batch: int):
+        self.units, self.inputs = levels.units, levels.inputs
+        self.weights, self.biases = (rows.split_with_sizes(self.units) for rows in (weight, bias))
         self.known = weight.new_empty(0, batch)
 
     def __call__(self, level: int, new: Tensor) -> Tensor:
@@ -61,47 +85,68 @@ class GrowingArray:
     Args:
         weight: ``(units, head + inputs)``.
         head: inputs that are known from the start, ``(head, batch)``; ones among them for a bias.
-        units: how many units are known after each level.
-        inputs: how many inputs come in at each level.
+        levels: which units and inputs come with each level.
+
+    Attributes:
+        inputs: ``(head + inputs, batch)``, of which the head is filled.
+        product: of matrices of these sizes.
     """
 
-    def __init__(self, weight: Array, head: Array, units: list[int], inputs: list[int]):
-        self.known = np.empty((weight.shape[1], head.shape[1]), weight.dtype)
-        self.known[: len(head)] = head
-        rows = [*accumulate(units, initial=0)]
-        ends = [*accumulate(inputs, initial=len(head))]
-        self.slots = [self.known[a:b] for a, b in pairwise(ends)]
-        self.knowns = [self.known[:end] for end in ends[1:]]
-        self.weights = [weight[a:b, :c] for a, b, c in zip(rows, rows[1:], ends[1:], strict=False)]
-        self.product = _product if max(units) * self.known.size > LARGE else np.ndarray.dot
+    def __init__(self, weight: Array, head: Array, levels: Levels):
+        self.weight, self.levels = weight, levels
+        self.inputs = np.empty((levels.places[-1].stop, head.shape[1]), weight.dtype)
+        self.inputs[: len(head)] = head
+        large = max(levels.units) * self.inputs.size > LARGE
+        self.product: Callable[..., Array] = _product if large else np.ndarray.dot
 
     def __call__(self, level: int, new: Array) -> Array:
         """Take a level's inputs ``(n, batch)`` and return its units."""
-        self.slots[level][...] = new
-        return self.product(self.weights[level], self.knowns[level])
+        levels = self.levels
+        self.inputs[levels.places[level]] = new
+        return self.product(self.weight[levels.weights[level]], self.inputs[levels.known[level]])
 
 
-def chained(layers: Sequence[GrowingArray], activate: Activate) -> Callable[[int, Array], Array]:
-    """Plain layers as one function of a level and its inputs, which gives the last one's units.
+def grown(
+    layers: Sequence[GrowingArray],
+    activate: Activate,
+    step: Callable[[Array, Array], Array],
+    rows: Array,
+    size: int,
+) -> Array:
+    """What a step makes of rows and of what plain layers make of the values before them.
 
-    A layer's units are computed where the next one takes them from.
+    Everything is computed where it is needed next: a layer's units among the inputs of the layer
+    after it, and the values in place of the rows, among the first layer's inputs.
+
+    Args:
+        layers: from the first to the last.
+        activate: goes between them.
+        step: from the next rows ``(n, batch)`` and the outputs for them ``(n, batch, size)``, which
+            it may overwrite, to their values.
+        rows: what the step takes, ``(all, batch)``.
+        size: how many outputs belong to a row.
+
+    Returns:
+        The values, ``(all, batch)``.
     """
-    links = [
-        (layer.product, [*zip(layer.weights, layer.knowns, after.slots, strict=True)])
-        for layer, after in pairwise(layers)
+    first, last, batch = layers[0].levels, layers[-1].levels, rows.shape[1]
+    values, inputs = layers[0].inputs, layers[-1].inputs
+    values[first.head :] = rows
+    between = [
+        (before.levels, before.weight, before.inputs, before.product, after.levels, after.inputs)
+        for before, after in pairwise(layers)
     ]
-    slots, last = layers[0].slots, layers[-1]
-
-    def run(level: int, new: Array) -> Array:
-        slots[level][...] = new
-        for product, levels in links:
-            weight, known, units = levels[level]
-            if len(units):
-                product(weight, known, out=units)
+    product, weight = layers[-1].product, layers[-1].weight
+    for level, place in enumerate(first.places[1:]):
+        for here, matrix, known, multiply, there, following in between:
+            if here.units[level]:
+                units = following[there.places[level]]
+                multiply(matrix[here.weights[level]], known[here.known[level]], out=units)
                 activate(units, out=units)
-        return last.product(last.weights[level], last.knowns[level])
-
-    return run
+        outputs = product(weight[last.weights[level]], inputs[last.known[level]])
+        part = values[place]
+        values[place] = step(part, outputs.reshape(len(part), size, batch).swapaxes(1, 2))
+    return values[first.head :]
 
 
 def _product(weight: Array, values: Array, out: Array | None = None) -> Array:

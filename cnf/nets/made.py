@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from cnf.arrays import Array, fits_arrays
 from cnf.nets.activations import activation as make_activation
-from cnf.nets.growing import Growing, GrowingArray, chained, of_arrays
+from cnf.nets.growing import Growing, GrowingArray, Levels, grown, of_arrays
 from cnf.nets.mlp import by_parameter, layer_widths, required, side_by_side, unwatched, wire
 from cnf.nets.products import FEW, linear
 
@@ -47,6 +48,12 @@ class MaskedLinear(nn.Linear):
     def masked_weight(self) -> Tensor:
         """W ∘ M."""
         return self.weight if self.full else self.mask * self.weight
+
+    @property
+    def masked_array(self) -> Array:
+        """The same without a gradient."""
+        weight = self.weight.detach().numpy()
+        return weight if self.full else self.mask.numpy() * weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
@@ -156,13 +163,17 @@ class MADE(nn.Module):
             self.context_layer = nn.Linear(context_features, rows, bias=False)
             if zero_last and not widths:
                 nn.init.zeros_(self.context_layer.weight)
-        # how many features, and how many rows of each layer, become known in each step
+        # how many features become known in each step, and which parts of each layer
         self._counts = depth.bincount().tolist()
-        self._rows = [
-            complete[unit].bincount(minlength=len(self._counts)).tolist() for unit in units
+        ending = [count * outputs for count in self._counts]
+        found = [0, *(count * inputs for count in self._counts)]
+        steps = len(self._counts)
+        known = [found, *(complete[unit].bincount(minlength=steps).tolist() for unit in units)]
+        self._levels = [
+            Levels(after, before, 1 if index else 1 + context_features)
+            for index, (before, after) in enumerate(pairwise([*known, ending]))
         ]
-        # the layers that end in outputs: the last one, and the direct one if there is one
-        self._rows += 2 * [[count * outputs for count in self._counts]]
+        self._levels.append(Levels(ending, found, 1))  # the direct layer's
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Outputs of all features at once.
@@ -212,11 +223,12 @@ class MADE(nn.Module):
                 ``(n, batch, outputs)``; returns the values there ``(n, batch)``.
             z: what the values are computed from, ``(*batch, features)``.
             context: ``(*batch, context_features)``.
-            array_step: the same for arrays of NumPy. Where no gradient is wanted on a CPU, the
-                network is then computed in arrays, too, which takes a fraction of the time.
+            array_step: the same for arrays of NumPy, which may overwrite the outputs. Where no
+                gradient is wanted on a CPU, the network is then computed in arrays, too, which
+                takes a fraction of the time.
 
         Returns:
-            ``(*batch, features)``.
+            ``(*batch, features)``; from arrays with each feature's numbers side by side.
 
         Example:
             >>> import torch
@@ -239,25 +251,30 @@ class MADE(nn.Module):
             rows = rows.index_select(0, self.place)
         return rows.t().contiguous().view(z.shape)
 
+    @property
+    def passes(self) -> int:
+        """The number of steps that ``autoregress`` takes."""
+        return len(self._counts)
+
     def extra_repr(self) -> str:
-        """Sizes, and the number of steps that ``autoregress`` takes."""
-        return f"features={self.features}, outputs={self.outputs}, passes={len(self._counts)}"
+        """Sizes and passes."""
+        return f"features={self.features}, outputs={self.outputs}, passes={self.passes}"
 
     def _autoregress_arrays(
         self, step: Callable[[Array, Array], Array], z: Tensor, context: Tensor | None
     ) -> Tensor:
         """``autoregress`` in arrays."""
-        rows = z.detach().reshape(math.prod(z.shape[:-1]), self.features).numpy().T
+        rows = self._sorted(z.detach().numpy().reshape(-1, self.features).T, 1)
         layers = self._growing_arrays(context, rows.shape[1])
         activate = of_arrays(self.activation, rows.dtype)
-        plain = not self.residual and self.direct is None
-        network = chained(layers, activate) if plain else self._wired(layers, activate)
-        rows = np.ascontiguousarray(self._sorted(rows, 1))
         with np.errstate(all="ignore"):  # torch does not warn of infinities either
-            found = np.concatenate(self._grow(step, rows, network))
+            if self.residual or self.direct is not None or self.period is not None:
+                found = np.concatenate(self._grow(step, rows, self._wired(layers, activate)))
+            else:
+                found = grown(layers, activate, step, rows, self.outputs)
         if not self._natural:
             found = found[self.place.numpy()]
-        return torch.from_numpy(np.ascontiguousarray(found.T)).view(z.shape)
+        return torch.from_numpy(found.T.reshape(z.shape))
 
     def _grow(
         self, step: Callable[[Any, Any], Any], rows: Any, network: Callable[[int, Any], Any]
@@ -299,27 +316,28 @@ class MADE(nn.Module):
         shift = self._context_shift(context)
         layers = []
         for index, layer in enumerate(self._all_layers):
-            weight, inputs = self._columns_by_level(index, layer.masked_weight)
+            weight = self._columns_by_level(index, layer.masked_weight)
             bias = layer.bias.unsqueeze(1)
             if index == 0 and shift is not None:
                 bias = bias + shift.reshape(batch, layer.out_features).t()
             weight, bias = (self._rows_by_level(index, rows) for rows in (weight, bias))
-            layers.append(Growing(weight, bias, self._rows[index], inputs, batch))
+            layers.append(Growing(weight, bias, self._levels[index], batch))
         return layers
 
     def _growing_arrays(self, context: Tensor | None, batch: int) -> list[GrowingArray]:
         """The same layers for arrays."""
         layers = []
         for index, layer in enumerate(self._all_layers):
-            weight, inputs = self._columns_by_level(index, layer.masked_weight.detach().numpy())
-            bias = layer.bias.detach().numpy()[:, None]
-            head, weights = np.ones((1, batch), weight.dtype), [bias, weight]
+            levels = self._levels[index]
+            weight = self._columns_by_level(index, layer.masked_array)
+            head = np.ones((levels.head, batch), weight.dtype)
+            weights = [layer.bias.detach().numpy()[:, None], weight]
             if index == 0 and self.context_layer is not None:
                 seen = required(context, self.context_features).detach().numpy()
-                head = np.concatenate([head, seen.reshape(batch, self.context_features).T])
+                head[1:] = seen.reshape(batch, self.context_features).T
                 weights.insert(1, self.context_layer.weight.detach().numpy())
             weight = self._rows_by_level(index, np.concatenate(weights, 1))
-            layers.append(GrowingArray(weight, head, self._rows[index], inputs))
+            layers.append(GrowingArray(weight, head, levels))
         return layers
 
     def _numbers(self) -> list[Tensor]:
@@ -333,14 +351,11 @@ class MADE(nn.Module):
         """The layers, the direct one last."""
         return [*self.layers] if self.direct is None else [*self.layers, self.direct]
 
-    def _columns_by_level(self, index: int, weight: Any) -> tuple[Any, list[int]]:
-        """A layer's masked weight, columns sorted, and how many of them come in at each level."""
+    def _columns_by_level(self, index: int, weight: Any) -> Any:
+        """A layer's masked weight, its columns sorted by when their inputs come in."""
         if 0 < index < len(self.layers):
-            return weight, self._rows[index - 1]
-        size = 1 if self.period is None else 2
-        # a level takes the features of the level before; what the last one finds feeds nothing
-        inputs = [0, *(size * count for count in self._counts[:-1])]
-        return self._sorted(weight.T, size).T[:, : sum(inputs)], inputs
+            return weight
+        return self._sorted(weight.T, 1 if self.period is None else 2).T
 
     def _rows_by_level(self, index: int, rows: Any) -> Any:
         """Rows for a layer's units, sorted by when they become known."""

@@ -48,6 +48,11 @@ class Autoregressive(Transform):
         self.scalar_map = scalar_map
         self.made = made
 
+    @property
+    def steps(self) -> tuple[int, int]:  # type: ignore[override]
+        """As many as the network has, forward."""
+        return self.made.passes, 1
+
     def forward(
         self, z: Tensor, context: Tensor | None = None, request: Request | None = None
     ) -> Mapped:

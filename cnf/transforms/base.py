@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -70,10 +71,12 @@ class Transform(nn.Module, ABC):
     Attributes:
         bijective: whether inverse∘forward is the identity, sample by sample.
         exact: whether ``log_det`` is the log-determinant, not a bound or an estimate.
+        steps: how many steps ``forward`` and ``inverse`` take that a compiler would unroll.
     """
 
     bijective: bool = True
     exact: bool = True
+    steps: tuple[int, int] = (1, 1)
 
     @abstractmethod
     def forward(
@@ -152,6 +155,12 @@ class Chain(Transform):
         """Whether every part is."""
         return all(part.exact for part in self)
 
+    @property
+    def steps(self) -> tuple[int, int]:  # type: ignore[override]
+        """The most that any part takes."""
+        forward, inverse = zip((1, 1), *(part.steps for part in self), strict=True)
+        return max(forward), max(inverse)
+
     def __iter__(self) -> Iterator[Transform]:
         return iter(self.parts)  # type: ignore[arg-type]
 
@@ -225,12 +234,16 @@ def compose(
     context: Tensor | None,
     request: Request | None,
 ) -> Mapped:
-    """Apply maps in order; sum their ``log_det`` and merge their costs."""
+    """Apply maps in order; sum their ``log_det``, NaN where nobody asks, and merge their costs."""
     log_det: Tensor | None = None
+    wanted = request is None or request.log_det
     costs: dict[str, Tensor] = {}
     for apply in maps:
         value, term, more = apply(value, context, request)
-        log_det = term if log_det is None else log_det + term
+        if log_det is None:
+            log_det = term if wanted else term.new_full(term.shape, math.nan)
+        elif wanted:
+            log_det = log_det + term
         for name, cost in more.items():
             costs[name] = costs[name] + cost if name in costs else cost
     if log_det is None:
@@ -262,6 +275,12 @@ class Inverse(Transform):
     def exact(self) -> bool:  # type: ignore[override]
         """Whether the part is."""
         return self.part.exact
+
+    @property
+    def steps(self) -> tuple[int, int]:  # type: ignore[override]
+        """The part's, in the other order."""
+        forward, inverse = self.part.steps
+        return inverse, forward
 
     def forward(
         self, z: Tensor, context: Tensor | None = None, request: Request | None = None

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
+import cnf
 from cnf.bijections import Additive, Affine, RationalQuadratic
 from cnf.nets import MADE
 from cnf.transforms import Autoregressive, Chain, Inverse
+from cnf.transforms.base import Request
 
 BATCHES = [(), (5,), (2, 3), (0,)]
 MAPS = [Additive(), Affine(bound=3.0), RationalQuadratic(bins=4)]
@@ -142,3 +144,16 @@ def test_its_repr_says_what_it_is():
     text = repr(Autoregressive(Affine(), MADE(3, 2)))
     assert "Affine" in text
     assert "passes=3" in text
+
+
+@pytest.mark.parametrize("name", ["maf", "iaf"])
+def test_what_a_flow_returns_lies_row_by_row_however_it_was_found(name):
+    flow, x = cnf.models[name].build(5, layers=3, hidden=(8,)), torch.randn(3, 2, 5)
+    with torch.no_grad():
+        draws = flow.sample((3, 2)), flow.sample_and_log_prob((3, 2))[0], flow.decode(x)
+        for values in (*draws, flow.encode(x), flow.evaluate(x).z):
+            assert values.shape == x.shape
+            assert values.is_contiguous()
+        alone = flow.transform.forward(x, None, Request(log_det=False))
+        assert alone.log_det.isnan().all()
+        assert torch.equal(alone.value, flow.decode(x))
