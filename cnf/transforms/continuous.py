@@ -211,9 +211,8 @@ class Continuous(Transform):
         caller = _Caller(self.field)
 
         def swap(numbers: Sequence[Tensor]) -> tuple[Rhs, Rhs]:
-            *inner, clock = numbers
-            seen = context if context is None else inner.pop()
-            field = dict(zip(names, inner, strict=True))
+            field = dict(zip(names, numbers, strict=False))
+            seen, clock = None if context is None else numbers[-2], numbers[-1]
 
             def swapped(function: Callable[..., State]) -> Rhs:
                 return lambda t, state: functional_call(
