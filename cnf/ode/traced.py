@@ -268,9 +268,10 @@ def _stages(
     table, proper = spec.table, state[: spec.proper]
     start = spec.rhs(time, proper) if slopes is None else slopes
     stages = [start if spec.alone is None else start[: spec.proper]]
+    alone = spec.rhs if spec.alone is None else spec.alone
     for i in range(1, table.used):
         at = _combine(proper, size, table.stages[i], stages)
-        stages.append((spec.alone or spec.rhs)(time + table.nodes[i] * size, at))
+        stages.append(alone(time + table.nodes[i] * size, at))
     if spec.alone is None:
         return _combine(state, size, table.weights, stages), stages, []
     moved = _combine(proper, size, table.weights, stages)
