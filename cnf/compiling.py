@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -55,6 +56,9 @@ def compiled(
             stacklevel=2,
         )
         return function
+    if native:
+        # what is called from C++ by a longer way is right, and nobody can do anything about it
+        logging.getLogger("torch._inductor.ir").addFilter(_worth_saying)
     known = inspect.signature(torch.compile).parameters
     wanted: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": variants}
     limits = {name: value for name, value in wanted.items() if name in known}
@@ -84,6 +88,10 @@ def compiled(
         return result
 
     return call
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    return "missing a c-shim" not in record.msg
 
 
 def _kind(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ The steps of continuous flows have their own tests, one of them through Inductor
 from __future__ import annotations
 
 import copy
+import logging
 import inspect
 import itertools
 import shutil
@@ -215,6 +216,14 @@ def train(flow):
 
 def load(flow):
     flow.load_state_dict(flow_of_many_kinds().state_dict())
+
+
+def test_only_what_can_be_helped_is_said():
+    compiling.compiled(lambda x: x, native=True)
+    logger = logging.getLogger("torch._inductor.ir")
+    record = logging.makeLogRecord({"msg": "%s is missing a c-shim implementation"})
+    assert not logger.filter(record)
+    assert logger.filter(logging.makeLogRecord({"msg": "anything else"}))
 
 
 @pytest.mark.parametrize("change", [move, bound, exchange, train, load, nn.Module.train])
