@@ -6,9 +6,9 @@ The steps of continuous flows have their own tests, one of them through Inductor
 from __future__ import annotations
 
 import copy
-import logging
 import inspect
 import itertools
+import logging
 import shutil
 
 import pytest
