@@ -91,7 +91,7 @@ def compiled(
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
-    return "missing a c-shim" not in record.msg
+    return "missing a c-shim" not in str(record.msg)
 
 
 def _kind(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -444,8 +444,9 @@ class Flow(nn.Module):
         """Compile scoring and sampling in place; the first call of each pays for it.
 
         The solver's loop stays what it is: continuous blocks compile their steps, as
-        ``Solver(compile=mode or backend)`` does, where their solver can. So does a direction in
-        which an autoregressive transform finds more than a few features one after the other.
+        ``Solver(compile=mode or backend)`` does, where their solver can. On a CPU, a direction in
+        which an autoregressive transform finds more than a few features one after the other stays
+        uncompiled, too. Call this where the flow is to stay: code is made for its device.
 
         Args:
             backend: as in ``torch.compile``.
@@ -466,7 +467,7 @@ class Flow(nn.Module):
         self._compiled = {
             name: compiled(run, backend=backend, mode=mode, dynamic=dynamic, native=native)
             for name, (run, steps) in runs.items()
-            if steps <= UNROLLED
+            if steps <= UNROLLED or self.device.type != "cpu"
         }
         return self
 

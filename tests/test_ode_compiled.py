@@ -243,7 +243,43 @@ def test_few_checkpoints_and_large_states_are_walked(monkeypatch):
     monkeypatch.setattr(compiled, "LARGE", 14)
     flow.transform.solver = dataclasses.replace(solver, checkpoints=None)
     flow.log_prob(x).sum().backward()
-    assert ways == ["retrace"]  # what is kept anyhow is gone back along
+    assert ways == []
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "checkpoint"])
+def test_a_field_whose_parameters_cannot_be_swapped_is_walked_back(gradient, monkeypatch):
+    class Listed(nn.Module):
+        """Reaches its parameters by another way than their names."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.randn(2, 2)) for _ in range(2))
+            self.all = [self.a, self.b]
+
+        def forward(self, t, x, context=None):
+            for weight in self.all:
+                x = torch.tanh(x @ weight)
+            return x
+
+    torch.manual_seed(0)
+    solver = Solver("bosh3", rtol=1e-3, atol=1e-3, gradient=gradient)
+    flow, x = cnf.Continuous(Listed(), solver=solver), torch.randn(5, 2)
+    request = Request(log_det=False)
+
+    def observe(flow):
+        parameters = list(flow.parameters())
+        return torch.autograd.grad(flow.inverse(x, request=request).value.sum(), parameters)
+
+    wanted = observe(flow)
+    ways = looped(monkeypatch)
+    flow.solver = dataclasses.replace(solver, compile=BACKEND)
+    for found in (observe(flow), observe(flow)):
+        torch.testing.assert_close(found, wanted)
+    back = "retrace" if gradient == "checkpoint" else "arrive"
+    assert ways == ["arrive", f"no {back}", "arrive"]
+    # and fields of another kind do as before
+    observe(cnf.Continuous(TimeMLP(2, (4,)), solver=flow.solver))
+    assert ways[-1] == back
 
 
 @pytest.mark.parametrize("gradient", ["adjoint", "checkpoint"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from cnf import compiling
 from cnf.ode import stepper, traced
 from cnf.ode.errors import CompilationError
-from cnf.ode.guard import Rhs, State, Velocity, Watch, cut, finite
+from cnf.ode.guard import State, Velocity, Watch, cut, finite
 from cnf.ode.runge_kutta import Step, Steps, Trial
 from cnf.ode.solver import ADAPTIVE, Solver
 from cnf.ode.stepper import Path
@@ -120,6 +121,7 @@ class CompiledSteps:
             self._may_loop("retrace", path.solution, path.arrivals)
             and self.velocity.swap is not None
             and len(path.kept) == len(path.steps) > 1
+            and path.solution.shape[1] <= LARGE
         )
 
     def arrive(self, y: Tensor, points: Sequence[float], keep: bool) -> Path | None:
@@ -139,7 +141,7 @@ class CompiledSteps:
             numbers = torch.tensor(
                 [time, end, *self.tolerances, *limits, size], dtype=torch.float64
             )
-            look = self._look(time, after)
+            look = self._look(time, after, looped=True)
             try:
                 after, slope, found, states, passed = self.code.arrive(
                     look, self.looped, numbers, self._parts(after), slopes, room
@@ -173,7 +175,7 @@ class CompiledSteps:
         watch, count = self.watch, len(path.steps)
         kept = torch.stack([path.kept[index] for index in range(count)])
         passed = torch.tensor(path.steps, dtype=torch.float64)
-        look = self._look(path.steps[0].time, kept[0])
+        look = self._look(path.steps[0].time, kept[0], looped=True)
         states, adjoints = self._parts(kept), self._parts(gradient[1])
         try:
             adjoint, sums = self.code.retrace(
@@ -192,7 +194,8 @@ class CompiledSteps:
         near = y.device.type == "cpu" and len(points) == 2
         if self.looped is None or not near or not self.code.loops:
             return False
-        return (kind, _known_as(self.looped.rhs)) not in self.code.refused
+        refused = self.code.refused
+        return not refused or (kind, _known_as(self.looped.rhs)) not in refused
 
     def _refuse(self, kind: str) -> None:
         if self.looped is not None:
@@ -210,8 +213,13 @@ class CompiledSteps:
     def _parts(self, flat: Tensor) -> State:
         return cut(flat, self.sizes, self.shapes)
 
-    def _look(self, time: float, y: Tensor) -> Callable[[], None]:
-        return functools.partial(self.velocity.look, time, y)
+    def _look(self, time: float, y: Tensor, looped: bool = False) -> Callable[[], None]:
+        def look() -> None:
+            self.velocity.look(time, y)
+            if looped:
+                self.velocity.look_swapped(time, y)
+
+        return look
 
 
 def travel(
@@ -268,9 +276,16 @@ class Code(NamedTuple):
     refused: set[object]
 
 
-def _known_as(rhs: Rhs) -> object:
-    # a function that is made anew for every solve has the same code
-    return getattr(rhs, "__code__", rhs)
+def _known_as(value: object, depth: int = 4) -> object:
+    """What a right-hand side is known as, which may be a function that is made for every solve.
+
+    Its code is the same then, and so are the kinds of modules and the code that it calls.
+    """
+    if not inspect.isfunction(value):
+        return type(value)
+    around = [cell.cell_contents for cell in value.__closure__ or () if depth]
+    called = [_known_as(content, depth - 1) for content in around if callable(content)]
+    return value.__code__, *called
 
 
 def settings() -> contextlib.AbstractContextManager[None]:

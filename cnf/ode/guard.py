@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cnf.ode.errors import (
+    CompilationError,
     NonFiniteState,
     SolverError,
     StepUnderflow,
@@ -232,6 +233,23 @@ class Velocity:
         with torch.set_grad_enabled(backward):
             proper = flat[: self.proper_size].detach().requires_grad_(backward)
             self.parts(flat.new_full((), time), self.split_proper(proper))
+
+    def look_swapped(self, time: float, flat: Tensor) -> None:
+        """Check that a swap reaches what the right-hand side uses of the tracked tensors.
+
+        Raises:
+            CompilationError: if it does not; what is not swapped would have no gradient.
+        """
+        if self.swap is None or self.watch.direction != "backward":
+            return
+        others = [tensor.detach().clone().requires_grad_() for tensor in self.tracked]
+        t, proper = flat.new_full((), time), self.split_proper(flat[: self.proper_size].detach())
+        with torch.enable_grad():
+            parts = self.swap(others)[0](t, proper)
+        try:
+            self._check_tracked([t, *proper, *others], parts)
+        except UntrackedTensor as error:
+            raise CompilationError(str(error)) from error
 
     def split(self, flat: Tensor) -> State:
         """The parts of the state in a flat vector, or in several: ``(*times, size)``."""

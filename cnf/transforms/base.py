@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -234,16 +233,12 @@ def compose(
     context: Tensor | None,
     request: Request | None,
 ) -> Mapped:
-    """Apply maps in order; sum their ``log_det``, NaN where nobody asks, and merge their costs."""
+    """Apply maps in order; sum their ``log_det`` and merge their costs."""
     log_det: Tensor | None = None
-    wanted = request is None or request.log_det
     costs: dict[str, Tensor] = {}
     for apply in maps:
         value, term, more = apply(value, context, request)
-        if log_det is None:
-            log_det = term if wanted else term.new_full(term.shape, math.nan)
-        elif wanted:
-            log_det = log_det + term
+        log_det = term if log_det is None else log_det + term
         for name, cost in more.items():
             costs[name] = costs[name] + cost if name in costs else cost
     if log_det is None:

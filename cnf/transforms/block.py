@@ -125,6 +125,11 @@ class BlockAutoregressive(Transform):
             nn.Linear(context_features, features * units, bias=False) if context_features else None
         )
 
+    @property
+    def steps(self) -> tuple[int, int]:  # type: ignore[override]
+        """One for each feature, forward."""
+        return self.features, 1
+
     def forward(
         self, z: Tensor, context: Tensor | None = None, request: Request | None = None
     ) -> Mapped:

@@ -141,7 +141,8 @@ class Continuous(Transform):
             noise = divergence.draw(self.field, start, value, context, request.generator)
         # costs are integrals over |dt|: they grow in whichever direction the solver walks
         heading = 1.0 if span[1] > span[0] else -1.0
-        batch = value.shape[: value.dim() - event_dims(self.field)]
+        field = self.field
+        batch = value.shape[: value.dim() - event_dims(field)]
         samples = request.variance and divergence.stochastic
         if samples and divergence.estimates < 2:
             raise ValueError(
@@ -152,7 +153,7 @@ class Continuous(Transform):
         def velocity(
             t: Tensor, state: State, context: Tensor | None = context, clock: Tensor = clock
         ) -> State:
-            return (clock * self.field(clock * t, state[0], context),)
+            return (clock * field(clock * t, state[0], context),)
 
         def rhs(
             t: Tensor, state: State, context: Tensor | None = context, clock: Tensor = clock
@@ -160,8 +161,8 @@ class Continuous(Transform):
             if noise is None:
                 return velocity(t, state, context, clock)
             x, t = state[0], clock * t
-            point = divergence(self.field, t, x, context, noise, products)
-            at = PathPoint(self.field, t, x, context, point)
+            point = divergence(field, t, x, context, noise, products)
+            at = PathPoint(field, t, x, context, point)
             trace = point.divergence
             if samples and point.samples is not None:
                 trace = point.samples.movedim(0, -1)
@@ -175,6 +176,7 @@ class Continuous(Transform):
         if traced:
             shape = (*batch, divergence.estimates) if samples else batch
             state += [value.new_zeros(shape), *[value.new_zeros(batch) for _ in request.costs]]
+        loops = bool(self.solver.compile) and torch.is_grad_enabled()
         solution, _ = integrate(
             rhs,
             tuple(state),
@@ -183,7 +185,7 @@ class Continuous(Transform):
             self._differentiated(context, clock),
             integrals=len(state) - 1,
             proper_rhs=velocity,
-            swap=self._swap(rhs, velocity, context) if self.solver.compile else None,
+            swap=self._swap(rhs, velocity, context) if loops else None,
             in_norm=[True] * (1 + traced) + [request.costs_in_norm] * len(request.costs),
             name=self.name,
         )

@@ -55,6 +55,12 @@ class Multiscale(Transform):
         """Whether every level is."""
         return all(level.exact for level in self._levels())
 
+    @property
+    def steps(self) -> tuple[int, int]:  # type: ignore[override]
+        """The most that any level takes."""
+        forward, inverse = zip(*(level.steps for level in self._levels()), strict=True)
+        return max(forward), max(inverse)
+
     def forward(
         self, z: Tensor, context: Tensor | None = None, request: Request | None = None
     ) -> Mapped:

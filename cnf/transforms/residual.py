@@ -71,7 +71,9 @@ class ExactLogDet(LogDet):
         eye = torch.eye(n, dtype=x.dtype, device=x.device)
         basis = eye.reshape(n, *[1] * (x.dim() - event_dims), *event)
         columns = _at(g, x).push(basis).expand(n, *x.shape).flatten(x.dim() - event_dims + 1)
-        return torch.linalg.slogdet(columns.movedim(0, -1) + eye).logabsdet.unsqueeze(0)
+        # row by row, because Inductor takes the factors of a transposed matrix for its transpose's
+        matrix = (columns.movedim(0, -1) + eye).contiguous()
+        return torch.linalg.slogdet(matrix).logabsdet.unsqueeze(0)
 
 
 @record

@@ -8,7 +8,7 @@ import torch
 from torch.autograd.functional import jacobian
 
 import cnf
-from cnf.bijections import Additive, Affine, RationalQuadratic
+from cnf.bijections import Additive, Affine, RationalQuadratic, ScalarMap
 from cnf.nets import MADE
 from cnf.transforms import Autoregressive, Chain, Inverse
 from cnf.transforms.base import Request
@@ -104,6 +104,25 @@ def test_without_a_tape_the_numbers_are_the_same(mode):
     with mode():
         x, log_det, _ = transform(z)
     torch.testing.assert_close((x, log_det), transform(z)[:2])
+
+
+def test_a_scalar_map_may_return_what_it_was_given():
+    class Exponential(ScalarMap):
+        """x = exp(z) + b, whose log-derivative is z."""
+
+        size = 1
+
+        def forward(self, z, parameters):
+            return torch.exp(z) + parameters[..., 0], z
+
+        def inverse(self, x, parameters):
+            z = torch.log(x - parameters[..., 0])
+            return z, -z
+
+    transform, z = build(Exponential()), torch.randn(6, 4).double()
+    with torch.no_grad():
+        log_det = transform(z).log_det
+    torch.testing.assert_close(log_det, transform(z).log_det)
 
 
 def test_starts_as_the_identity_and_learns():
