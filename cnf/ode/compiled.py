@@ -7,7 +7,6 @@ are one piece of code, and on a CPU all steps of a way are, and all of the way b
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -104,7 +103,8 @@ class CompiledSteps:
     def loops(self, y: Tensor, points: Sequence[float], keep: bool) -> bool:
         """Whether all steps between two times can be one piece of code.
 
-        On a GPU each step is waited for anyhow, and is a graph of its own under some modes.
+        On a GPU each step is waited for anyhow, and is a graph of its own under some modes. States
+        are kept in a loop if all of them are, and not where they are large.
         """
         solver = self.solver
         return (
@@ -116,7 +116,7 @@ class CompiledSteps:
         )
 
     def loops_back(self, path: Path) -> bool:
-        """Whether the way back along a path can be one piece of code."""
+        """Whether the way back along a path can be one piece of code, whatever the method."""
         return (
             self._may_loop("retrace", path.solution, path.arrivals)
             and self.velocity.swap is not None
@@ -134,7 +134,8 @@ class CompiledSteps:
         most = self.solver.max_steps - watch.accepted - watch.rejected
         smallest = watch.smallest(max(map(abs, points)))
         room = y.new_empty(ROOM if keep else 0, len(y))
-        path = Path(y, [], [0], {})
+        steps: list[Step] = []
+        kept: list[Tensor] = []
         after, slopes, size, good, bad = y, None, 0.0, 0, 0
         while time != end:
             limits = smallest, float(most - good - bad)
@@ -155,14 +156,12 @@ class CompiledSteps:
             count = int(accepted)
             good, bad, slopes = good + count, bad + int(rejected), self._parts(slope)
             if keep:
-                path.kept |= enumerate(states[:count].clone().unbind(), len(path.steps))
-                path.steps += [Step(*row) for row in passed[:count].tolist()]
+                kept += states[:count].clone().unbind()
+                steps += [Step(*row) for row in passed[:count].tolist()]
         watch.accepted += good
         watch.rejected += bad
         watch.nfe += 2 + self.spec.evaluations * (good + bad)
-        return dataclasses.replace(
-            path, solution=torch.stack([y, after]), arrivals=[0, len(path.steps)]
-        )
+        return Path(torch.stack([y, after]), steps, [0, len(steps)], dict(enumerate(kept)))
 
     def retrace(
         self, path: Path, gradient: Tensor, tracked: Sequence[Tensor]

@@ -85,10 +85,11 @@ class Solver:
             the state's dtype.
         checkpoints: under ``"checkpoint"``, keep at most so many states and recompute the
             others; None keeps one per accepted step.
-        compile: make one piece of code of every step, by ``torch.compile`` (True), or by the
-            mode or backend of it that is named; for Runge-Kutta methods under ``"adjoint"`` and
-            ``"checkpoint"``. The first solve pays for it, one to two minutes where nothing is
-            cached on disk. ``"reduce-overhead"`` makes a CUDA graph of every step.
+        compile: make one piece of code of every step, and where it can be of all steps of a way
+            (``docs/solvers.md``), by ``torch.compile`` (True), or by the mode or backend of it that
+            is named; for Runge-Kutta methods under ``"adjoint"`` and ``"checkpoint"``. The first
+            solve pays for it, one to three minutes where nothing is cached on disk.
+            ``"reduce-overhead"`` makes a CUDA graph of every step.
         fallback: a fixed-grid method that takes over, with a ``SolverWarning``, when a pass ends
             in ``StepUnderflow`` or ``TooManySteps``; None raises them.
         fallback_steps: its number of steps.

@@ -1,7 +1,8 @@
 """The walk through an initial value problem, step by step, and the way back along it.
 
 torchdiffeq's solvers do not show their accepted steps, which a recomputation needs. Every requested
-time is the end of a step here; torchdiffeq interpolates.
+time is the end of a step here; torchdiffeq interpolates. Compiled code takes a whole way at once
+where it can (``compiled.travel``).
 """
 
 from __future__ import annotations
