@@ -174,5 +174,4 @@ def test_what_a_flow_returns_lies_row_by_row_however_it_was_found(name):
             assert values.shape == x.shape
             assert values.is_contiguous()
         alone = flow.transform.forward(x, None, Request(log_det=False))
-        assert alone.log_det.isnan().all()
         assert torch.equal(alone.value, flow.decode(x))

@@ -121,6 +121,8 @@ def test_a_flow_lives_in_its_support(name, tmp_path):
     assert not constraint.check(torch.tensor(OUTSIDE[name][0], dtype=F64)).all()
     torch.testing.assert_close(flow.log_prob(x), log_prob, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(flow.decode(flow.encode(x)), x, atol=1e-6, rtol=1e-6)
+    beyond = torch.tensor(OUTSIDE[name], dtype=F64)
+    torch.testing.assert_close(flow.encode(beyond), flow.evaluate(beyond).z, atol=1e-6, rtol=1e-6)
     _, path = flow.trajectory(flow.encode(x), [0.0, 0.5, 1.0])
     assert path.shape == (3, 20, *event)
     torch.testing.assert_close(path[-1], x, atol=1e-6, rtol=1e-6)
