@@ -67,9 +67,9 @@ class ScalarMap(ABC):
         """``forward`` of arrays, which have no gradient.
 
         Where a few numbers at a time are mapped, a formula of NumPy's takes less time than torch
-        takes to start. The parameters may be overwritten, by the caller z may be.
+        takes to start. This may overwrite the parameters, and whoever calls it z.
         """
-        # a copy, because what is returned may be a view of it
+        # a copy of z, because what is returned may be a view of it
         x, log_derivative = self.forward(torch.from_numpy(z.copy()), torch.from_numpy(parameters))
         return x.numpy(), log_derivative.numpy()
 

@@ -141,6 +141,7 @@ class Continuous(Transform):
             noise = divergence.draw(self.field, start, value, context, request.generator)
         # costs are integrals over |dt|: they grow in whichever direction the solver walks
         heading = 1.0 if span[1] > span[0] else -1.0
+        # a name of its own, because compiled loops know a right-hand side by the modules it holds
         field = self.field
         batch = value.shape[: value.dim() - event_dims(field)]
         samples = request.variance and divergence.stochastic
