@@ -1,4 +1,4 @@
-"""Continuous flows beside FFJORD's method, zuko and diffrax: training steps, densities, samples.
+"""Continuous flows beside FFJORD's method and peers: training steps, densities, samples.
 
 Everyone has the same net with the same numbers, data, tolerance, error norm (root mean square over
 the batch), threads and cores, and everyone's loss, gradient or density is compared with a float64
@@ -12,17 +12,20 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import cnf
 from benchmarks import harness, reference
+from benchmarks.roofline import ALONE, alone
 from cnf.nets import TimeMLP
+
+if TYPE_CHECKING:
+    from benchmarks.peers_torchdyn import Torchdyn
 
 HIDDEN = (64, 64, 64)
 TOLERANCE = 1e-5
@@ -31,7 +34,6 @@ NATS = 1e-4
 LADDER = [10 ** (-k / 4) for k in range(10, 29)]
 """Tolerances from 3e-3 to 1e-7."""
 FFJORD = "FFJORD's method"
-ALONE = "matrix products and tanh alone"
 
 
 class Found(NamedTuple):
@@ -61,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", choices=("steps", "evaluation"), help="only this part")
     parser.add_argument("--batches", type=int, nargs="+", help="batch sizes of the training steps")
     parser.add_argument("--features", type=int, nargs="+", help="D of the evaluations")
+    parser.add_argument(
+        "--torchdyn", metavar="PYTHON", help="the interpreter of an environment that has torchdyn"
+    )
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for results")
 
 
@@ -78,12 +83,13 @@ def _tables(options: argparse.Namespace, rounds: int) -> Iterator[list[dict[str,
     quick = options.effort == "quick"
     if options.part != "evaluation":
         for batch in options.batches or ([16, 512] if quick else [16, 100, 512, 4096]):
-            yield [training_steps(batch, rounds)]
+            yield [training_steps(batch, rounds, options.torchdyn)]
         if not quick:
-            yield [training_steps(512, rounds, hutchinson=True)]
+            yield [training_steps(512, rounds, options.torchdyn, hutchinson=True)]
     if options.part != "steps":
         for features in options.features or ([2] if quick else [2, 43, 63]):
-            yield evaluation(features, 512, rounds if features == 2 else max(3, rounds // 3))
+            turns = rounds if features == 2 else max(3, rounds // 3)
+            yield evaluation(features, 512, turns, options.torchdyn)
 
 
 # --- a field that has somewhere to go -----------------------------------------------------------
@@ -135,7 +141,9 @@ def compared(found: Found, truth: Found) -> dict[str, Any]:
     }
 
 
-def training_steps(batch: int, rounds: int, *, hutchinson: bool = False) -> dict[str, Any]:
+def training_steps(
+    batch: int, rounds: int, torchdyn: str | None = None, *, hutchinson: bool = False
+) -> dict[str, Any]:
     """Everyone's likelihood training step at one batch size."""
     field, data = trained(2)
     x = data[:batch]
@@ -146,7 +154,7 @@ def training_steps(batch: int, rounds: int, *, hutchinson: bool = False) -> dict
         probe = cnf.Hutchinson().draw(field, t, x, None, generator)[0]
     truth = ours(field, x.double(), probe, EXACT).look()
     entrants, notes = {}, {}
-    for name, step in everyone(field, x, probe):
+    for name, step in everyone(field, x, probe, torchdyn):
         start = time.perf_counter()
         step.call()
         first = time.perf_counter() - start
@@ -168,72 +176,20 @@ def training_steps(batch: int, rounds: int, *, hutchinson: bool = False) -> dict
     )
 
 
-def alone(
-    field: TimeMLP, x: Tensor, tangents: int | None, forward: int, backward: int
-) -> Callable[[], None]:
-    """The matrix products and activations of a checkpointed training step, and nothing else.
-
-    Every evaluation takes the batch through all layers, and those with a divergence the tangents
-    through the inner ones (None: through a trilinear form of three slopes instead); a
-    differentiated evaluation adds two products for each, towards the input and the weight. A step
-    forward has eight evaluations, three with a divergence, beside two to begin with; a step that
-    is differentiated has nine, four of them with one.
-    """
-    sizes = field.layers.sizes
-    if tangents is None:
-        inner_shapes = [(len(x), sizes[1], sizes[2] * sizes[3])]
-    else:
-        inner_shapes = [(tangents * len(x), *pair) for pair in pairwise(sizes[1:-1])]
-    whole = _Products(x, [(len(x), *pair) for pair in pairwise(sizes)], len(sizes) - 2)
-    inner = _Products(x, inner_shapes, 0)
-    traced, differentiated = 2 + 3 * (forward - 2) // 8, 4 * backward // 9
-
-    def call() -> None:
-        for _ in range(forward + backward):
-            whole.evaluate()
-        for _ in range(traced + differentiated):
-            inner.evaluate()
-        for _ in range(backward):
-            whole.differentiate()
-        for _ in range(differentiated):
-            inner.differentiate()
-
-    return call
-
-
-class _Products:
-    """Products of (rows, inputs, outputs) each, with tanh after the first ``activated``."""
-
-    def __init__(self, like: Tensor, shapes: Sequence[tuple[int, int, int]], activated: int):
-        self.pairs = [
-            (like.new_empty(rows, inputs).normal_(), like.new_empty(inputs, outputs).normal_())
-            for rows, inputs, outputs in shapes
-        ]
-        self.ends = [points @ weight for points, weight in self.pairs]
-        self.hidden = [torch.empty_like(end) for end in self.ends[:activated]]
-
-    def evaluate(self) -> None:
-        for (points, weight), end in zip(self.pairs, self.ends, strict=True):
-            torch.mm(points, weight, out=end)
-        for end, out in zip(self.ends, self.hidden, strict=False):
-            torch.tanh(end, out=out)
-
-    def differentiate(self) -> None:
-        for (points, weight), end in zip(self.pairs, self.ends, strict=True):
-            torch.mm(end, weight.T)
-            torch.mm(points.T, end)
-
-
 EXACT = cnf.Solver("dopri8", rtol=1e-10, atol=1e-10, gradient="checkpoint", norm="batch")
 
 
-def everyone(field: TimeMLP, x: Tensor, probe: Tensor | None) -> Iterator[tuple[str, Step]]:
+def everyone(
+    field: TimeMLP, x: Tensor, probe: Tensor | None, torchdyn: str | None
+) -> Iterator[tuple[str, Step]]:
     """All entrants; a peer that is not installed is left out."""
     yield FFJORD, plain(field, x, probe)
     for mode in cnf_modes():
         yield f"cnf {mode}", ours(field, x, probe, cnf_modes()[mode])
     if probe is None and harness.installed("zuko"):
         yield "zuko's solver", zuko_step(field, x)
+    if torchdyn is not None:
+        yield _torchdyn_name(torchdyn), torchdyn_step(field, x, probe, torchdyn)
     if harness.installed("jax", "diffrax"):
         from benchmarks.peers_jax import ADJOINTS
 
@@ -298,6 +254,29 @@ def zuko_step(field: TimeMLP, x: Tensor) -> Step:
     return _torch_step(flow, net, lambda: flow.log_prob(x))
 
 
+def torchdyn_step(field: TimeMLP, x: Tensor, probe: Tensor | None, python: str) -> Step:
+    """torchdyn's solver and adjoint on the same net, in an environment of its own."""
+    call, found = _torchdyn_peer(field, python).step(x, TOLERANCE, probe)
+
+    def look() -> Found:
+        values = found()
+        return Found(**{**values, "gradient": torch.from_numpy(values["gradient"])})
+
+    return Step(call, look)
+
+
+def _torchdyn_name(python: str) -> str:
+    from benchmarks import peers_torchdyn
+
+    return f"torchdyn {peers_torchdyn.version(python)}"
+
+
+def _torchdyn_peer(field: TimeMLP, python: str) -> Torchdyn:
+    from benchmarks.peers_torchdyn import Torchdyn
+
+    return Torchdyn(python, reference.Net(field.features, HIDDEN).take(field))
+
+
 def _torch_step(flow: torch.nn.Module, net: reference.Net, log_prob: Callable[[], Tensor]) -> Step:
     def call() -> Tensor:
         flow.zero_grad()
@@ -354,12 +333,14 @@ class Entrant(NamedTuple):
     ladder: list[float]
 
 
-def evaluation(features: int, batch: int, rounds: int) -> list[dict[str, Any]]:
+def evaluation(
+    features: int, batch: int, rounds: int, torchdyn: str | None = None
+) -> list[dict[str, Any]]:
     """Log-densities and samples at tolerances that make everyone equally accurate."""
     field, data = trained(features)
     x = data[-batch:]
     z = torch.randn(batch, features, generator=torch.Generator().manual_seed(1))
-    entrants = dict(evaluators(field))
+    entrants = dict(evaluators(field, torchdyn))
     tables = []
     for what, points in (("log_prob", x), ("decode", z)):
         calls, notes = {}, {}
@@ -402,7 +383,7 @@ def error_99(found: Any, truth: Tensor) -> float:
     return float((away if away.dim() == 1 else away.amax(-1)).quantile(0.99))
 
 
-def evaluators(field: TimeMLP) -> Iterator[tuple[str, Entrant]]:
+def evaluators(field: TimeMLP, torchdyn: str | None) -> Iterator[tuple[str, Entrant]]:
     """All entrants; a peer that is not installed is left out."""
     exact = flow_with(field, EXACT, torch.float64)
     truth = _density(exact)
@@ -425,6 +406,8 @@ def evaluators(field: TimeMLP) -> Iterator[tuple[str, Entrant]]:
     yield "cnf, default solver", Entrant(lambda _: default, truth, [cnf.Solver().rtol])
     if harness.installed("zuko"):
         yield "zuko's solver", Entrant(_zuko(field), truth, LADDER)
+    if torchdyn is not None:
+        yield _torchdyn_name(torchdyn), Entrant(_torchdyn(field, torchdyn), truth, LADDER)
     if harness.installed("jax", "diffrax"):
         yield "diffrax, jit", Entrant(_diffrax(field), truth, LADDER)
 
@@ -441,6 +424,15 @@ def _zuko(field: TimeMLP) -> Callable[[float], Density]:
     def at(tolerance: float) -> Density:
         flow = ZukoSolver(net, tolerance)
         return Density(torch.no_grad()(flow.log_prob), flow.decode)
+
+    return at
+
+
+def _torchdyn(field: TimeMLP, python: str) -> Callable[[float], Density]:
+    peer = _torchdyn_peer(field, python)
+
+    def at(tolerance: float) -> Density:
+        return Density(lambda x: peer.log_prob(x, tolerance), lambda z: peer.decode(z, tolerance))
 
     return at
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 import cnf
 from benchmarks import continuous, harness, reference
-from benchmarks.continuous import ALONE, EXACT, FFJORD, HIDDEN, TOLERANCE, Step
+from benchmarks.continuous import EXACT, FFJORD, HIDDEN, TOLERANCE, Step
+from benchmarks.roofline import ALONE, alone
 from cnf.nets import TimeMLP
 
 T = TypeVar("T")
@@ -99,7 +100,7 @@ def training_steps(
         save(harness.table(f"So far, D = {field.features}, batch {len(x):,}", early))
     work = notes["cnf checkpoint"]["NFE"], notes["cnf checkpoint"]["NFE backward"]
     tangents = field.features if field.features < HIDDEN[0] // 2 else None
-    calls[ALONE] = captured(continuous.alone(field, x, tangents, *work), x)
+    calls[ALONE] = captured(alone(field, x, tangents, *work), x)
     notes[ALONE] = dict(zip(("NFE", "NFE backward"), work, strict=True))
     return _table("Likelihood training step", calls, notes, field, x, rounds)
 

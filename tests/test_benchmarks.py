@@ -1,6 +1,8 @@
 """The measurements' tools: fair turns, tables, and peers that compute the same."""
 
+import importlib.util
 import json
+import sys
 import time
 
 import pytest
@@ -124,6 +126,27 @@ def test_a_trainable_end_time_has_a_gradient(x):
 def test_zuko_agrees(field, x, truth):
     pytest.importorskip("zuko")
     assert differs(continuous.zuko_step(field, x).look(), truth) < 1e-3
+
+
+@pytest.mark.usefixtures("tight")
+def test_torchdyn_agrees(field, x, truth):
+    pytest.importorskip("torchdyn")  # of an environment of its own, if that is what runs this
+    found = continuous.torchdyn_step(field, x, None, sys.executable).look()
+    assert differs(found, truth) < 1e-4
+    assert min(found.forward, found.backward) > 0
+    entrant = dict(continuous.evaluators(field, sys.executable))
+    (name,) = [name for name in entrant if name.startswith("torchdyn")]
+    density, ours = entrant[name].at(1e-6), entrant[name].truth
+    for peer, own in ((density.log_prob, ours.log_prob), (density.decode, ours.decode)):
+        assert torch.allclose(torch.as_tensor(peer(x)).double(), own(x.double()), atol=1e-4)
+
+
+def test_an_interpreter_without_torchdyn_says_how_to_make_one(field, x):
+    if importlib.util.find_spec("torchdyn") is not None:
+        pytest.skip("this one has torchdyn")
+    for python in (sys.executable, "no-such-python"):
+        with pytest.raises(SystemExit, match=r"--torchdyn: .* how its environment is made"):
+            continuous.torchdyn_step(field, x, None, python)
 
 
 def test_the_net_in_jax_agrees(field, x, monkeypatch):
