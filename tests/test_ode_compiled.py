@@ -303,17 +303,17 @@ def test_a_way_back_that_fails_is_told_as_steps_that_are_walked(gradient):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_inductor_makes_a_loop(monkeypatch):
     ways = looped(monkeypatch)
-    state = (torch.randn(5, 2), torch.zeros(5))
+    state = (torch.randn(3000, 2), torch.zeros(3000))
     rhs = lambda t, parts: (torch.tanh(parts[0]) * t, parts[0].sum(-1))  # noqa: E731
-    plain = Solver("bosh3", rtol=1e-4, atol=1e-4)
-    for rows in (5, 3):
+    plain = Solver("bosh3", rtol=1e-4, atol=1e-4, norm="batch")
+    for again, rows in enumerate((5, 3, 3000)):
         start = tuple(part[:rows] for part in state)
-        with torch.no_grad():
+        with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=again > 0):
             wanted, stats = integrate(rhs, start, END, plain)
             found, counted = integrate(rhs, start, END, dataclasses.replace(plain, compile=True))
         torch.testing.assert_close(found, wanted)
         assert (counted.accepted, counted.rejected) == (stats.accepted, stats.rejected)
-    assert ways == 2 * ["arrive"]
+    assert ways == 3 * ["arrive"]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")

@@ -302,9 +302,17 @@ def _combine(
 
 def _norm(kinds: Sequence[str | None], parts: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
     """The norm of ``error_norm``, of parts over their scales."""
-    norms = []
-    for kind, part, scale in zip(kinds, parts, scales, strict=True):
-        if kind is not None and part.numel():
-            ratio = (part / scale).abs()
-            norms.append(ratio.amax() if kind == "sample" else ratio.square().mean().sqrt())
+    norms = [
+        _measured(kind, (part / scale).abs())
+        for kind, part, scale in zip(kinds, parts, scales, strict=True)
+        if kind is not None and part.numel()
+    ]
     return torch.stack(norms).amax().nan_to_num(nan=HUGE, posinf=HUGE)
+
+
+def _measured(kind: str, ratio: Tensor) -> Tensor:
+    if kind == "sample":
+        return ratio.amax()
+    # in float64, because Inductor's code for a long sum of float32 is not that for a short one: it
+    # would compile a whole way again for a larger batch
+    return ratio.square().mean(dtype=torch.float64).sqrt().to(ratio.dtype)
