@@ -10,6 +10,7 @@ from benchmarks import harness
 
 COMMANDS = {
     "continuous": "training steps, densities and samples of continuous flows, beside peers",
+    "levers": "what single levers bring to continuous flows, and cost",
     "quality": "seconds of training until a density is good",
     "discrete": "training steps, densities and samples of discrete flows, beside peers",
     "tabular": "held-out nats on tables",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.families import FAMILIES, PACKAGES, Model, Spec, build
-from benchmarks.harness import RESULTS, Entrant, installed, race, table, write
+from benchmarks.harness import RESULTS, Entrant, add_effort, installed, race, table, write
 
 LAYERS, BINS, WIDTH = 5, 8, 64
 NAMES = {
@@ -33,11 +33,12 @@ NOTE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--features", type=int, nargs="+", default=(2, 43))
+    add_effort(parser)
+    parser.add_argument("--features", type=int, nargs="+")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--calls", nargs="+", choices=CALLS, default=CALLS)
     parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--eager", action="store_true", help="leave out what has to be compiled")
     parser.add_argument(
         "--cpu-time", action="store_true", help="count the process's own seconds, on a busy machine"
@@ -50,15 +51,16 @@ def run(options: argparse.Namespace) -> None:
     if not installed(*PACKAGES[1:]):
         return
     compiled = not options.eager
+    rounds = options.rounds or {"quick": 3, "usual": 9, "full": 30}[options.effort]
     tables = []
-    for features in options.features:
+    for features in options.features or ([2] if options.effort == "quick" else [2, 43]):
         rows = []
         for family in options.families:
             spec = Spec(family, features, LAYERS, BINS, linear=False)
             calls = _calls(spec, options.batch, compiled)
             for name in options.calls:
                 title = f"{NAMES[family]}, {name}"
-                rows.append(_row(title, calls[name], options.rounds, options.cpu_time))
+                rows.append(_row(title, calls[name], rounds, options.cpu_time))
                 print(rows[-1], flush=True)
         of = " of CPU time (other work had the core, too)" if options.cpu_time else ""
         note = NOTE.format(

@@ -1,0 +1,140 @@
+"""Levers of a continuous flow's speed, pulled one at a time, with what each costs in exactness."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+import cnf
+from benchmarks import harness
+from benchmarks.continuous import (
+    EXACT,
+    TOLERANCE,
+    Step,
+    compared,
+    error_99,
+    flow_with,
+    ours,
+    trained,
+)
+from cnf.nets import TimeMLP
+
+T = TypeVar("T")
+
+AS_IT_IS = "as it is"
+METHODS = ("bosh3", "dopri5", "dopri8")
+ERRORS = (1e-3, 1e-5, 1e-7, 1e-9)
+LADDER = [10 ** (-k / 4) for k in range(6, 49)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    harness.add_effort(parser)
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for results")
+
+
+def run(options: argparse.Namespace) -> None:
+    rounds = {"quick": 3, "usual": 10, "full": 30}[options.effort]
+    tables = [training(gradient, options.batch, rounds) for gradient in ("adjoint", "checkpoint")]
+    harness.write("levers", [*tables, methods(options.batch, rounds)], options.out)
+
+
+def training(gradient: str, batch: int, rounds: int) -> dict[str, Any]:
+    """A training step with one thing changed at a time."""
+    field, data = trained(2)
+    x = data[:batch]
+    truth = ours(field, x.double(), None, EXACT).look()
+    calls, notes = {}, {}
+    for name, step in _changed(gradient, lambda solver: ours(field, x, None, solver)):
+        calls[name] = step.call
+        notes[name] = compared(step.look(), truth)
+    rows = harness.race(calls, AS_IT_IS, rounds)
+    return harness.table(
+        f'Training step under "{gradient}", batch {batch}',
+        [{**row.cells(), **notes[row.name]} for row in rows],
+        f"2–64–64–64–2, exact divergence, dopri5 at {TOLERANCE:g}, uncompiled, {rounds} rounds; "
+        "errors against float64 at 1e-10. A known first step is a solve's span by its steps.",
+    )
+
+
+def _changed(gradient: str, build: Callable[[cnf.Solver], Step]) -> Iterator[tuple[str, Step]]:
+    solver = cnf.Solver(rtol=TOLERANCE, atol=TOLERANCE, norm="batch", gradient=gradient)
+    yield AS_IT_IS, build(solver)
+    with cnf.count_nfe() as work:
+        build(solver).call()
+    known = {"first_step": 1 / (work.accepted if gradient == "checkpoint" else work.accepted // 2)}
+    told = dataclasses.replace(solver, options=known)
+    if gradient == "adjoint":
+        told = dataclasses.replace(told, adjoint_options=known)
+    yield "first step known", build(told)
+    yield "products in bfloat16", _in_bfloat16(build(solver))
+    if gradient == "adjoint":
+        for factor in (10, 100):
+            looser = {f"adjoint_{kind}": factor * TOLERANCE for kind in ("rtol", "atol")}
+            changed = dataclasses.replace(solver, **looser)
+            yield f"adjoint at {factor * TOLERANCE:g}", build(changed)
+        yield "gradients steer the steps", build(dataclasses.replace(solver, seminorm=False))
+
+
+def _in_bfloat16(step: Step) -> Step:
+    """The same where matrix products may round what they multiply, if the processor knows how."""
+
+    def inside(function: Callable[[], T]) -> Callable[[], T]:
+        def call() -> T:
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("medium")
+            try:
+                return function()
+            finally:
+                torch.set_float32_matmul_precision(before)
+
+        return call
+
+    return Step(inside(step.call), inside(step.look))
+
+
+def methods(batch: int, rounds: int) -> dict[str, Any]:
+    """What each method takes for log-densities of some accuracy."""
+    field, data = trained(2)
+    x = data[-batch:].double()
+    truth = _density(field, EXACT)(x)
+    rows = []
+    for wanted in ERRORS:
+        calls: dict[str, Callable[[], object]] = {}
+        notes = {}
+        for method in METHODS:
+            tolerance, call, error = _enough(field, method, x, truth, wanted)
+            with cnf.count_nfe() as work:
+                call()
+            calls[method] = call
+            notes[method] = {"NFE": work.forward, "tolerance": tolerance, "error": error}
+        for row in harness.race(calls, "dopri5", rounds):
+            rows.append({**row.cells(), **notes[row.name], "": f"{row.name}, {wanted:g}"})
+    return harness.table(
+        f"Log-densities by methods, {batch} points, float64",
+        rows,
+        "Each at the loosest tolerance that keeps 99 % of its values as exact as its row says; "
+        f"speedup over dopri5; {rounds} rounds.",
+    )
+
+
+def _density(field: TimeMLP, solver: cnf.Solver) -> Callable[[Tensor], Tensor]:
+    return torch.no_grad()(flow_with(field, solver, torch.float64).log_prob)
+
+
+def _enough(
+    field: TimeMLP, method: str, x: Tensor, truth: Tensor, wanted: float
+) -> tuple[float, Callable[[], object], float]:
+    for tolerance in LADDER:
+        solver = cnf.Solver(method, rtol=tolerance, atol=tolerance, norm="batch")
+        log_prob = _density(field, solver)
+        error = error_99(log_prob(x), truth)
+        if error <= wanted:
+            break
+    return tolerance, lambda: log_prob(x), error
