@@ -8,7 +8,6 @@ where it can (``compiled.travel``).
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cnf.ode.guard import Watch
+from cnf.ode.heap import keep_freed
 from cnf.ode.runge_kutta import Step, Steps, tableau
 from cnf.ode.solver import ADAPTIVE, Solver
 
@@ -62,16 +62,9 @@ def advance(
     taken: Steps, y: Tensor, times: Sequence[float], solver: Solver, watch: Watch
 ) -> Iterator[tuple[Step, Tensor, bool]]:
     """Integrate through ``times``: each accepted step, the state after it, whether it arrives."""
-    _keep_memory()
+    keep_freed()
     walk = _adaptive if solver.method in ADAPTIVE else _fixed
     return walk(taken, y, times, solver, watch)
-
-
-@functools.cache
-def _keep_memory() -> None:
-    # glibc gives freed memory back at once until it has seen a large block come and go; without
-    # this up to a fifth of a differentiated step goes to page faults
-    torch.empty(1 << 24, dtype=torch.uint8)
 
 
 def walk(
