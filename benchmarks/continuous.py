@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    rounds = {"quick": 3, "usual": 10, "full": 30}[options.effort]
+    rounds = harness.ROUNDS[options.effort]
     tables: list[dict[str, Any]] = []
     for found in _tables(options, rounds):
         tables += found
@@ -242,7 +242,7 @@ def plain(field: TimeMLP, x: Tensor, probe: Tensor | None) -> Step:
     """FFJORD's method."""
     flow = reference.FFJORD(field.features, HIDDEN, tolerance=TOLERANCE).to(x.device)
     flow.net.take(field)
-    return _torch_step(flow, flow.net, lambda: flow.log_prob(x, probe))
+    return torch_step(flow, flow.net, lambda: flow.log_prob(x, probe))
 
 
 def zuko_step(field: TimeMLP, x: Tensor) -> Step:
@@ -251,18 +251,12 @@ def zuko_step(field: TimeMLP, x: Tensor) -> Step:
 
     net = reference.Net(field.features, HIDDEN).to(x.device).take(field)
     flow = ZukoSolver(net, TOLERANCE)
-    return _torch_step(flow, net, lambda: flow.log_prob(x))
+    return torch_step(flow, net, lambda: flow.log_prob(x))
 
 
 def torchdyn_step(field: TimeMLP, x: Tensor, probe: Tensor | None, python: str) -> Step:
     """torchdyn's solver and adjoint on the same net, in an environment of its own."""
-    call, found = _torchdyn_peer(field, python).step(x, TOLERANCE, probe)
-
-    def look() -> Found:
-        values = found()
-        return Found(**{**values, "gradient": torch.from_numpy(values["gradient"])})
-
-    return Step(call, look)
+    return _torchdyn_peer(field, python).step(x, TOLERANCE, probe)
 
 
 def _torchdyn_name(python: str) -> str:
@@ -277,7 +271,9 @@ def _torchdyn_peer(field: TimeMLP, python: str) -> Torchdyn:
     return Torchdyn(python, reference.Net(field.features, HIDDEN).take(field))
 
 
-def _torch_step(flow: torch.nn.Module, net: reference.Net, log_prob: Callable[[], Tensor]) -> Step:
+def torch_step(flow: torch.nn.Module, net: reference.Net, log_prob: Callable[[], Tensor]) -> Step:
+    """A step of likelihood by whoever evaluates a net that counts its calls."""
+
     def call() -> Tensor:
         flow.zero_grad()
         loss = -log_prob().mean()
@@ -346,7 +342,7 @@ def evaluation(
         calls, notes = {}, {}
         for name, entrant in entrants.items():
             truth = getattr(entrant.truth, what)(points.double())
-            call, notes[name] = _accurate_enough(entrant, what, points, truth)
+            call, notes[name] = accurate_enough(entrant, what, points, truth)
             calls[name] = call
             harness.say(f"{what}, D = {features}, {name}: tolerance {notes[name]['tolerance']:g}")
         rows = harness.race(calls, FFJORD, rounds)
@@ -362,16 +358,17 @@ def evaluation(
     return tables
 
 
-def _accurate_enough(
-    entrant: Entrant, what: str, points: Tensor, truth: Tensor
+def accurate_enough(
+    entrant: Entrant, what: str, points: Tensor, truth: Tensor, wanted: float = NATS
 ) -> tuple[Callable[[], object], dict[str, Any]]:
+    """A call at the loosest tolerance that suffices, or the most exact one, and what it reached."""
     best = (math.inf, math.nan, getattr(entrant.truth, what))
     for tolerance in entrant.ladder:
         function = getattr(entrant.at(tolerance), what)
         error = error_99(function(points), truth)
         if error < best[0]:
             best = error, tolerance, function
-        if error <= NATS:
+        if error <= wanted:
             break
     error, tolerance, function = best
     return lambda: function(points), {"tolerance": tolerance, "error": error}
@@ -386,7 +383,7 @@ def error_99(found: Any, truth: Tensor) -> float:
 def evaluators(field: TimeMLP, torchdyn: str | None) -> Iterator[tuple[str, Entrant]]:
     """All entrants; a peer that is not installed is left out."""
     exact = flow_with(field, EXACT, torch.float64)
-    truth = _density(exact)
+    truth = density(exact)
     features = field.features
     ffjord = reference.FFJORD(features, HIDDEN)
     ffjord.net.take(field)
@@ -397,12 +394,12 @@ def evaluators(field: TimeMLP, torchdyn: str | None) -> Iterator[tuple[str, Entr
 
     def ours_at(tolerance: float, **options: Any) -> Density:
         solver = cnf.Solver(rtol=tolerance, atol=tolerance, norm="batch", **options)
-        return _density(flow_with(field, solver))
+        return density(flow_with(field, solver))
 
     yield FFJORD, Entrant(plainly, truth, LADDER)
     for said, options in compilers().items():
         yield f"cnf{said}", Entrant(functools.partial(ours_at, **options), truth, LADDER)
-    default = _density(flow_with(field, cnf.Solver()))
+    default = density(flow_with(field, cnf.Solver()))
     yield "cnf, default solver", Entrant(lambda _: default, truth, [cnf.Solver().rtol])
     if harness.installed("zuko"):
         yield "zuko's solver", Entrant(_zuko(field), truth, LADDER)
@@ -412,7 +409,8 @@ def evaluators(field: TimeMLP, torchdyn: str | None) -> Iterator[tuple[str, Entr
         yield "diffrax, jit", Entrant(_diffrax(field), truth, LADDER)
 
 
-def _density(flow: cnf.Flow) -> Density:
+def density(flow: cnf.Flow) -> Density:
+    """A flow of ours, without gradients."""
     return Density(torch.no_grad()(flow.log_prob), torch.no_grad()(flow.decode))
 
 

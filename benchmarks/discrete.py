@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.families import FAMILIES, PACKAGES, Model, Spec, build
-from benchmarks.harness import RESULTS, Entrant, add_effort, installed, race, table, write
+from benchmarks.harness import RESULTS, ROUNDS, Entrant, add_effort, installed, race, table, write
 
 LAYERS, BINS, WIDTH = 5, 8, 64
 NAMES = {
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     if not installed(*PACKAGES[1:]):
         return
     compiled = not options.eager
-    rounds = options.rounds or {"quick": 3, "usual": 9, "full": 30}[options.effort]
+    rounds = options.rounds or ROUNDS[options.effort]
     tables = []
     for features in options.features or ([2] if options.effort == "quick" else [2, 43]):
         rows = []

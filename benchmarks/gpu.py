@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("python -m benchmarks gpu needs a CUDA device, and PyTorch sees none here")
-    rounds = options.rounds or {"quick": 3, "usual": 10, "full": 30}[options.effort]
+    rounds = options.rounds or harness.ROUNDS[options.effort]
     for features in options.features:
         field, data = continuous.trained(features)
         field, x = copy.deepcopy(field).to(device), data[: options.batch].to(device)

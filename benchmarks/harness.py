@@ -27,6 +27,9 @@ PEERS = ("torchdiffeq", "zuko", "nflows", "normflows", "jax", "diffrax", "flowja
 TURN = 0.005
 """Seconds that a turn lasts at least: calls shorter than this are repeated in it."""
 
+ROUNDS = {"quick": 3, "usual": 10, "full": 30}
+"""Turns that each entrant has, by the effort that is asked for."""
+
 Entrant = Callable[[], object]
 
 

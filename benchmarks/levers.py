@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 import cnf
 from benchmarks import harness
 from benchmarks.continuous import (
     EXACT,
     TOLERANCE,
+    Density,
+    Entrant,
     Step,
+    accurate_enough,
     compared,
-    error_99,
+    density,
     flow_with,
     ours,
     trained,
 )
-from cnf.nets import TimeMLP
 
 T = TypeVar("T")
 
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    rounds = {"quick": 3, "usual": 10, "full": 30}[options.effort]
+    rounds = harness.ROUNDS[options.effort]
     tables = [training(gradient, options.batch, rounds) for gradient in ("adjoint", "checkpoint")]
     harness.write("levers", [*tables, methods(options.batch, rounds)], options.out)
 
@@ -103,17 +105,22 @@ def methods(batch: int, rounds: int) -> dict[str, Any]:
     """What each method takes for log-densities of some accuracy."""
     field, data = trained(2)
     x = data[-batch:].double()
-    truth = _density(field, EXACT)(x)
+    exact = density(flow_with(field, EXACT, x.dtype))
+    truth = exact.log_prob(x)
+
+    def at(method: str, tolerance: float) -> Density:
+        solver = cnf.Solver(method, rtol=tolerance, atol=tolerance, norm="batch")
+        return density(flow_with(field, solver, x.dtype))
+
     rows = []
     for wanted in ERRORS:
-        calls: dict[str, Callable[[], object]] = {}
-        notes = {}
+        calls, notes = {}, {}
         for method in METHODS:
-            tolerance, call, error = _enough(field, method, x, truth, wanted)
+            entrant = Entrant(functools.partial(at, method), exact, LADDER)
+            calls[method], reached = accurate_enough(entrant, "log_prob", x, truth, wanted)
             with cnf.count_nfe() as work:
-                call()
-            calls[method] = call
-            notes[method] = {"NFE": work.forward, "tolerance": tolerance, "error": error}
+                calls[method]()
+            notes[method] = {"NFE": work.forward, **reached}
         for row in harness.race(calls, "dopri5", rounds):
             rows.append({**row.cells(), **notes[row.name], "": f"{row.name}, {wanted:g}"})
     return harness.table(
@@ -122,19 +129,3 @@ def methods(batch: int, rounds: int) -> dict[str, Any]:
         "Each at the loosest tolerance that keeps 99 % of its values as exact as its row says; "
         f"speedup over dopri5; {rounds} rounds.",
     )
-
-
-def _density(field: TimeMLP, solver: cnf.Solver) -> Callable[[Tensor], Tensor]:
-    return torch.no_grad()(flow_with(field, solver, torch.float64).log_prob)
-
-
-def _enough(
-    field: TimeMLP, method: str, x: Tensor, truth: Tensor, wanted: float
-) -> tuple[float, Callable[[], object], float]:
-    for tolerance in LADDER:
-        solver = cnf.Solver(method, rtol=tolerance, atol=tolerance, norm="batch")
-        log_prob = _density(field, solver)
-        error = error_99(log_prob(x), truth)
-        if error <= wanted:
-            break
-    return tolerance, lambda: log_prob(x), error

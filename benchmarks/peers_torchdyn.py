@@ -22,11 +22,12 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.continuous import Found, Step, torch_step
 from benchmarks.reference import Net
 
 
@@ -41,27 +42,21 @@ class Torchdyn:
     def __init__(self, python: str, net: Net):
         self.pipe = _pipe(python)
         sizes = [layer.linear.in_features for layer in net.layers]
-        numbers = {name: value.numpy() for name, value in net.state_dict().items()}
-        self.place = self.pipe.ask("take", sizes[0], sizes[1:], numbers)
+        self.place = self.pipe.ask("take", sizes[0], sizes[1:], net.state_dict())
 
-    def step(
-        self, x: Tensor, tolerance: float, probe: Tensor | None
-    ) -> tuple[Callable[[], float], Callable[[], dict[str, Any]]]:
-        """A likelihood training step: its loss, and all that it found."""
-        noise = None if probe is None else probe.numpy()
-        place = self.pipe.ask("prepare", self.place, x.numpy(), tolerance, noise)
-        return (
-            functools.partial(self.pipe.ask, "step", place),
-            functools.partial(self.pipe.ask, "look", place),
-        )
+    def step(self, x: Tensor, tolerance: float, probe: Tensor | None) -> Step:
+        """A likelihood training step."""
+        place = self.pipe.ask("prepare", self.place, x, tolerance, probe)
+        call, look = (functools.partial(self.pipe.ask, name, place) for name in ("call", "look"))
+        return Step(call, look)
 
     def log_prob(self, x: Tensor, tolerance: float) -> Any:
         """Log-densities with the exact trace."""
-        return self.pipe.ask("log_prob", self.place, x.numpy(), tolerance)
+        return self.pipe.ask("log_prob", self.place, x, tolerance)
 
     def decode(self, z: Tensor, tolerance: float) -> Any:
         """The data of latent z."""
-        return self.pipe.ask("decode", self.place, z.numpy(), tolerance)
+        return self.pipe.ask("decode", self.place, z, tolerance)
 
 
 @functools.cache
@@ -104,59 +99,34 @@ class _Served:
 
     def __init__(self) -> None:
         self.nets: list[Net] = []
-        self.steps: list[_Step] = []
+        self.steps: list[Step] = []
 
-    def take(self, features: int, hidden: Sequence[int], numbers: dict[str, Any]) -> int:
+    def take(self, features: int, hidden: Sequence[int], numbers: dict[str, Tensor]) -> int:
         net = Net(features, hidden)
-        net.load_state_dict({name: torch.from_numpy(value) for name, value in numbers.items()})
+        net.load_state_dict(numbers)
         self.nets.append(net)
         return len(self.nets) - 1
 
-    def prepare(self, place: int, x: Any, tolerance: float, probe: Any) -> int:
-        noise = None if probe is None else torch.from_numpy(probe)
-        log_prob = _log_prob(self.nets[place], tolerance, noise)
-        self.steps.append(_Step(self.nets[place], log_prob, torch.from_numpy(x)))
+    def prepare(self, place: int, x: Tensor, tolerance: float, probe: Tensor | None) -> int:
+        net = self.nets[place]
+        log_prob = _log_prob(net, tolerance, probe)
+        self.steps.append(torch_step(net, net, lambda: log_prob(x)))
         return len(self.steps) - 1
 
-    def step(self, place: int) -> float:
+    def call(self, place: int) -> object:
         return self.steps[place].call()
 
-    def look(self, place: int) -> dict[str, Any]:
+    def look(self, place: int) -> Found:
         return self.steps[place].look()
 
     @torch.no_grad()
-    def log_prob(self, place: int, x: Any, tolerance: float) -> Any:
-        return _log_prob(self.nets[place], tolerance, None)(torch.from_numpy(x)).numpy()
+    def log_prob(self, place: int, x: Tensor, tolerance: float) -> Tensor:
+        return _log_prob(self.nets[place], tolerance, None)(x)
 
     @torch.no_grad()
-    def decode(self, place: int, z: Any, tolerance: float) -> Any:
+    def decode(self, place: int, z: Tensor, tolerance: float) -> Tensor:
         field = _Timed(self.nets[place], backwards=False)
-        return _solver(field, tolerance)(torch.from_numpy(z))[-1].numpy()
-
-
-class _Step(NamedTuple):
-    net: Net
-    log_prob: Callable[[Tensor], Tensor]
-    x: Tensor
-
-    def call(self) -> float:
-        self.net.zero_grad()
-        loss = -self.log_prob(self.x).mean()
-        loss.backward()
-        return loss.item()
-
-    def look(self) -> dict[str, Any]:
-        with torch.no_grad():
-            before = self.net.calls
-            self.log_prob(self.x)
-            forward = self.net.calls - before
-        loss = self.call()
-        return {
-            "loss": loss,
-            "gradient": self.net.gradient().numpy(),
-            "forward": forward,
-            "backward": self.net.calls - before - 2 * forward,
-        }
+        return _solver(field, tolerance)(z)[-1]
 
 
 class _Timed(nn.Module):
