@@ -65,7 +65,7 @@ class Watch:
         self.stopped_at = (0.0, ())
         self.pending = []
         for recorder in self.recorders:
-            recorder.report(stats, self.direction, self.name)
+            recorder.report(stats.work(self.direction), self.name)
         return stats
 
     def evaluated(self, t: Tensor, velocity: Tensor) -> None:

@@ -23,6 +23,7 @@ from cnf.ode.errors import (
     TooManySteps,
 )
 from cnf.ode.guard import Rhs, State, Swap, Velocity, Watch, error_norm, finite
+from cnf.ode.heap import keep_freed
 from cnf.ode.quadrature import QuadratureSteps, inner_stages
 from cnf.ode.recorder import Stats
 from cnf.ode.runge_kutta import PlainSteps, Steps, evaluate, tableau
@@ -102,6 +103,7 @@ def integrate(
     )  # fmt: skip
     if points[0] == points[-1] or not any(shape.numel() for shape in shapes):
         return _at_rest(state, len(points), tracked), problem.watch.finish()
+    keep_freed()
     flat = torch.cat([part.reshape(-1) for part in state])
     try:
         solution, stats = problem.solve(flat)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,12 @@ class Stats:
     nfe: int = 0
     accepted: int = 0
     rejected: int = 0
+
+    def work(self, direction: str) -> Work:
+        """The same as a recorder counts it, of a pass that went ``"forward"`` or back."""
+        if direction == "forward":
+            return Work(self.nfe, 0, self.accepted, self.rejected, 1)
+        return Work(0, self.nfe, self.accepted, self.rejected)
 
 
 @dataclasses.dataclass
@@ -43,15 +51,13 @@ class Work:
     rejected: int = 0
     solves: int = 0
 
-    def add(self, stats: Stats, direction: str) -> None:
-        """Count one pass."""
-        if direction == "forward":
-            self.forward += stats.nfe
-            self.solves += 1
-        else:
-            self.backward += stats.nfe
-        self.accepted += stats.accepted
-        self.rejected += stats.rejected
+    def add(self, other: Work) -> None:
+        """Count other work, too."""
+        self.forward += other.forward
+        self.backward += other.backward
+        self.accepted += other.accepted
+        self.rejected += other.rejected
+        self.solves += other.solves
 
 
 class Recorder(Work):
@@ -63,17 +69,64 @@ class Recorder(Work):
         # backward passes of several devices may report at once
         self._lock = threading.Lock()
 
-    def report(self, stats: Stats, direction: str, name: str) -> None:
-        """Count one pass of the block ``name``."""
+    def report(self, work: Work, name: str) -> None:
+        """Count work of the block ``name``."""
         with self._lock:
-            self.add(stats, direction)
-            self.blocks.setdefault(name, Work()).add(stats, direction)
+            self.add(work)
+            self.blocks.setdefault(name, Work()).add(work)
 
 
-_RECORDERS: ContextVar[tuple[Recorder, ...]] = ContextVar("cnf_recorders", default=())
+class Together:
+    """Solves of groups of one batch, which recorders count as one.
+
+    Of every count they are told the largest that a group has: a batch's NFE is how often the
+    velocity was evaluated at any of its samples.
+    """
+
+    def __init__(self) -> None:
+        self._recorders = current_recorders()
+        self._groups: list[Work] = []
+        self._told = Work()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def group(self) -> Iterator[None]:
+        """Count what solves inside as the next group's, also their backward passes."""
+        group = Work()
+        self._groups.append(group)
+        token = _RECORDERS.set((_Group(self, group),) if self._recorders else ())
+        try:
+            yield
+        finally:
+            _RECORDERS.reset(token)
+
+    def report(self, group: Work, work: Work, name: str) -> None:
+        """Count a group's work, and tell by how much the largest has grown."""
+        with self._lock:
+            group.add(work)
+            counts = zip(*map(dataclasses.astuple, self._groups), strict=True)
+            largest = Work(*map(max, counts))
+            told = dataclasses.astuple(self._told)
+            grown = Work(*map(operator.sub, dataclasses.astuple(largest), told))
+            self._told = largest
+        for recorder in self._recorders:
+            recorder.report(grown, name)
 
 
-def current_recorders() -> tuple[Recorder, ...]:
+class _Group(NamedTuple):
+    """What counts for one group."""
+
+    together: Together
+    work: Work
+
+    def report(self, work: Work, name: str) -> None:
+        self.together.report(self.work, work, name)
+
+
+_RECORDERS: ContextVar[tuple[Recorder | _Group, ...]] = ContextVar("cnf_recorders", default=())
+
+
+def current_recorders() -> tuple[Recorder | _Group, ...]:
     """The recorders that a solve which starts now reports to, also from its backward pass."""
     return _RECORDERS.get()
 

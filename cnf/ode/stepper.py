@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from cnf.ode.guard import Watch
-from cnf.ode.heap import keep_freed
 from cnf.ode.runge_kutta import Step, Steps, tableau
 from cnf.ode.solver import ADAPTIVE, Solver
 
@@ -62,7 +61,6 @@ def advance(
     taken: Steps, y: Tensor, times: Sequence[float], solver: Solver, watch: Watch
 ) -> Iterator[tuple[Step, Tensor, bool]]:
     """Integrate through ``times``: each accepted step, the state after it, whether it arrives."""
-    keep_freed()
     walk = _adaptive if solver.method in ADAPTIVE else _fixed
     return walk(taken, y, times, solver, watch)
 

@@ -14,6 +14,7 @@ from cnf.costs import PathPoint
 from cnf.divergence import Divergence, Exact, event_dims, refuse_coupling
 from cnf.ode import Solver, integrate
 from cnf.ode.guard import Rhs, State, Swap
+from cnf.ode.recorder import Together
 from cnf.transforms.base import Mapped, Request, Transform
 
 DEFAULT_REQUEST = Request()
@@ -124,21 +125,73 @@ class Continuous(Transform):
     def _solve(
         self, value: Tensor, span: tuple[float, float], context: Tensor | None, request: Request
     ) -> Mapped:
-        times = value.new_tensor(span)
         if not 0.0 < request.clock < math.inf:
             raise ValueError(
                 "a request's clock multiplies the end time and must be positive, got "
                 f"{request.clock}"
             )
-        divergence = request.divergence or self.divergence
-        clock = self.clock(value) * request.clock
-        traced = request.log_det or bool(request.costs)
-        products = any(cost.needs_products for cost in request.costs)
-        noise = None
-        if traced:
-            start = clock.detach() * times[0]
+        divergence, noise = request.divergence or self.divergence, None
+        if request.log_det or request.costs:
+            start = self.clock(value).detach() * request.clock * span[0]
             refuse_coupling(self.field, start, value, context)
             noise = divergence.draw(self.field, start, value, context, request.generator)
+        groups = self._groups(value, context, noise)
+        if len(groups) == 1:
+            return self._solve_group(*groups[0], span, divergence, request)
+        together, found = Together(), []
+        for group in groups:
+            with together.group():
+                found.append(self._solve_group(*group, span, divergence, request))
+        batch = value.shape[: value.dim() - event_dims(self.field)]
+
+        def whole(parts: Sequence[Tensor]) -> Tensor:
+            return torch.cat(list(parts)).unflatten(0, batch)
+
+        costs = {name: whole([part.costs[name] for part in found]) for name in found[0].costs}
+        ends, log_dets = [part.value for part in found], [part.log_det for part in found]
+        return Mapped(whole(ends), whole(log_dets), costs)
+
+    def _groups(
+        self, value: Tensor, context: Tensor | None, noise: Tensor | None
+    ) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """Samples, contexts and noise of those that are solved together."""
+        batch = value.shape[: value.dim() - event_dims(self.field)]
+        rows, axes = self.solver.rows_together(value.device), len(batch)
+        count = 1 if rows is None else math.ceil(batch.numel() / rows)
+        # noise is of each sample, or the same for all of them
+        apart = noise is not None and noise.shape[1 : 1 + axes] == batch
+        if (
+            count < 2
+            or getattr(self.field, "couples_batch", True)
+            or (context is not None and context.shape[:-1] != batch)
+            or (noise is not None and not apart and noise.shape[1 : 1 + axes] != (1,) * axes)
+        ):
+            return [(value, context, noise)]
+
+        def cut(part: Tensor, axis: int = 0) -> Sequence[Tensor]:
+            pieces = part.flatten(axis, axis + axes - 1).tensor_split(count, axis)
+            # copies, because compiled code is for one way to lie in memory
+            return [piece.clone(memory_format=torch.contiguous_format) for piece in pieces]
+
+        contexts: Sequence[Tensor | None] = [None] * count if context is None else cut(context)
+        noises: Sequence[Tensor | None] = [None] * count
+        if noise is not None:
+            noises = cut(noise, 1) if apart else [noise.flatten(1, axes)] * count
+        return list(zip(cut(value), contexts, noises, strict=True))
+
+    def _solve_group(
+        self,
+        value: Tensor,
+        context: Tensor | None,
+        noise: Tensor | None,
+        span: tuple[float, float],
+        divergence: Divergence,
+        request: Request,
+    ) -> Mapped:
+        times = value.new_tensor(span)
+        clock = self.clock(value) * request.clock
+        traced = noise is not None
+        products = any(cost.needs_products for cost in request.costs)
         # costs are integrals over |dt|: they grow in whichever direction the solver walks
         heading = 1.0 if span[1] > span[0] else -1.0
         # a name of its own, because compiled loops know a right-hand side by the modules it holds
