@@ -82,10 +82,10 @@ def run(options: argparse.Namespace) -> None:
 def _tables(options: argparse.Namespace, rounds: int) -> Iterator[list[dict[str, Any]]]:
     quick = options.effort == "quick"
     if options.part != "evaluation":
-        for batch in options.batches or ([16, 512] if quick else [16, 100, 512, 4096]):
-            yield [training_steps(batch, rounds, options.torchdyn)]
-        if not quick:
-            yield [training_steps(512, rounds, options.torchdyn, hutchinson=True)]
+        for hutchinson in (False,) if quick else (False, True):
+            for batch in options.batches or ([16, 512] if quick else [16, 100, 512, 4096]):
+                steps = training_steps(batch, rounds, options.torchdyn, hutchinson=hutchinson)
+                yield [steps]
     if options.part != "steps":
         for features in options.features or ([2] if quick else [2, 43, 63]):
             turns = rounds if features == 2 else max(3, rounds // 3)
