@@ -24,8 +24,11 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("torchdiffeq", "zuko", "nflows", "normflows", "jax", "diffrax", "flowjax")
-TURN = 0.005
-"""Seconds that a turn lasts at least: calls shorter than this are repeated in it."""
+TURN = 0.05
+"""Seconds that a turn lasts at least: shorter calls are repeated in it, as a training repeats them.
+
+Whoever comes after another finds caches that are not its own, which is most of a turn of 5 ms.
+"""
 
 ROUNDS = {"quick": 3, "usual": 10, "full": 30}
 """Turns that each entrant has, by the effort that is asked for."""
