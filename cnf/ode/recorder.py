@@ -42,7 +42,7 @@ class Work:
             none, its backward pass reuses what the forward pass kept.
         accepted: accepted steps, both ways.
         rejected: rejected steps, both ways.
-        solves: forward solves.
+        solves: forward solves; a batch that is solved in groups (``Solver.rows``) counts as one.
     """
 
     forward: int = 0
