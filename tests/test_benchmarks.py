@@ -23,11 +23,21 @@ def test_a_race_ranks_by_time():
 
 def test_a_race_takes_everyone_in_turn():
     calls = []
-    entrants = {name: lambda name=name: (calls.append(name), time.sleep(0.006)) for name in "abc"}
+    longer = 1.2 * harness.TURN
+    entrants = {name: lambda name=name: (calls.append(name), time.sleep(longer)) for name in "abc"}
     harness.race(entrants, "a", rounds=4, warmup=1)
     timed = calls[-12:]
     assert all(sorted(timed[i : i + 3]) == ["a", "b", "c"] for i in range(0, 12, 3))
     assert {timed[i] for i in range(0, 12, 3)} == {"a", "b", "c"}
+
+
+def test_short_calls_are_repeated_until_a_turn_is_over():
+    calls = []
+    entrants = {"a": lambda: (calls.append(1), time.sleep(harness.TURN / 8))}
+    (row,) = harness.race(entrants, "a", rounds=1, warmup=1)
+    # one to warm up, one to see how long it takes, and the turn's
+    assert 2 + 4 <= len(calls) <= 2 + 8
+    assert harness.TURN / 8 <= row.ms / 1e3 < harness.TURN / 2
 
 
 def test_a_race_needs_its_reference():
