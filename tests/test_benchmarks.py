@@ -36,7 +36,7 @@ def test_short_calls_are_repeated_until_a_turn_is_over():
     entrants = {"a": lambda: (calls.append(1), time.sleep(harness.TURN / 8))}
     (row,) = harness.race(entrants, "a", rounds=1, warmup=1)
     # one to warm up, one to see how long it takes, and the turn's
-    assert 2 + 4 <= len(calls) <= 2 + 8
+    assert 2 + 2 <= len(calls) <= 2 + 8
     assert harness.TURN / 8 <= row.ms / 1e3 < harness.TURN / 2
 
 
