@@ -86,7 +86,7 @@ class Together:
     def __init__(self) -> None:
         self._recorders = current_recorders()
         self._groups: list[Work] = []
-        self._told = Work()
+        self._told = dataclasses.astuple(Work())
         self._lock = threading.Lock()
 
     @contextmanager
@@ -105,9 +105,8 @@ class Together:
         with self._lock:
             group.add(work)
             counts = zip(*map(dataclasses.astuple, self._groups), strict=True)
-            largest = Work(*map(max, counts))
-            told = dataclasses.astuple(self._told)
-            grown = Work(*map(operator.sub, dataclasses.astuple(largest), told))
+            largest = tuple(map(max, counts))
+            grown = Work(*map(operator.sub, largest, self._told))
             self._told = largest
         for recorder in self._recorders:
             recorder.report(grown, name)

@@ -130,18 +130,19 @@ class Continuous(Transform):
                 "a request's clock multiplies the end time and must be positive, got "
                 f"{request.clock}"
             )
+        clock = self.clock(value) * request.clock
         divergence, noise = request.divergence or self.divergence, None
         if request.log_det or request.costs:
-            start = self.clock(value).detach() * request.clock * span[0]
+            start = clock.detach() * span[0]
             refuse_coupling(self.field, start, value, context)
             noise = divergence.draw(self.field, start, value, context, request.generator)
         groups = self._groups(value, context, noise)
         if len(groups) == 1:
-            return self._solve_group(*groups[0], span, divergence, request)
+            return self._solve_group(*groups[0], span, clock, divergence, request)
         together, found = Together(), []
         for group in groups:
             with together.group():
-                found.append(self._solve_group(*group, span, divergence, request))
+                found.append(self._solve_group(*group, span, clock, divergence, request))
         batch = value.shape[: value.dim() - event_dims(self.field)]
 
         def whole(parts: Sequence[Tensor]) -> Tensor:
@@ -185,11 +186,11 @@ class Continuous(Transform):
         context: Tensor | None,
         noise: Tensor | None,
         span: tuple[float, float],
+        clock: Tensor,
         divergence: Divergence,
         request: Request,
     ) -> Mapped:
         times = value.new_tensor(span)
-        clock = self.clock(value) * request.clock
         traced = noise is not None
         products = any(cost.needs_products for cost in request.costs)
         # costs are integrals over |dt|: they grow in whichever direction the solver walks
