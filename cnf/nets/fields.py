@@ -89,8 +89,8 @@ class TimeMLP(Field):
         return last.apply(x)
 
     def _by_columns(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
-        """The velocity at one time, with samples as columns and gates unfolded."""
-        *inner, last = self.layers.at(t, context, fold=False)
+        """The velocity at one time, with samples as columns."""
+        *inner, last = self.layers.at(t, context)
         columns = x.reshape(-1, self.features).t()
         for affine in inner:
             columns = self.activation.value(affine.apply_columns(columns))
@@ -120,7 +120,7 @@ class TimeMLP(Field):
         for affine in inner:
             x, slope = activate(affine.apply(x))
             slopes.append(slope)
-        weights = [affine.weight for affine in (*inner, last)]
+        weights = [affine.folded().weight for affine in layers]
         return last.apply(x), trace_of_product(weights, slopes).expand(x.shape[:-1])
 
     def quadratic(

@@ -51,6 +51,12 @@ class Affine(NamedTuple):
             shift = shift.reshape(-1, shift.shape[-1])
         return value + (shift.unsqueeze(-1) if shift.dim() == 1 else shift.t())
 
+    def folded(self) -> Affine:
+        """The same with the gate in the weight, of a layer with one gate for all points."""
+        if self.gate is None:
+            return self
+        return Affine(self.weight * self.gate.unsqueeze(-1), None, self.shift)
+
     def linear(self, u: Tensor) -> Tensor:
         """Map tangents: the same without the shift."""
         if self.weight.dim() == 2:
@@ -104,18 +110,18 @@ class TimeLayers(nn.Module, ABC):
     def coefficients(self, t: Tensor) -> Coefficients:
         """The layers at time ``t``, a scalar or ``(*batch,)`` with one time per sample."""
 
-    def at(self, t: Tensor, context: Tensor | None, *, fold: bool = True) -> list[Affine]:
+    def at(self, t: Tensor, context: Tensor | None) -> list[Affine]:
         """Each layer at time ``t``, with what the context adds to its shift.
 
         Args:
             t: a scalar, or ``(*batch,)``.
             context: ``(*batch, context_features)``.
-            fold: at one time for all, multiply weights by gates; compiled code is slower for it.
         """
         if t.dim() and t.stride(-1) == 0:
             t = t[..., :1]  # one time along the whole axis: what follows from it is computed once
         weights, gate, shift = self.coefficients(t)
-        if not fold:
+        compiling = torch.compiler.is_compiling()
+        if compiling:
             gate, shift = (None if gate is None else realized(gate)), realized(shift)
         if self.from_context is not None and context is not None:
             shift = shift + self.from_context(context)
@@ -125,11 +131,10 @@ class TimeLayers(nn.Module, ABC):
                 Affine(*pair) for pair in zip(weights, [None] * len(shifts), shifts, strict=True)
             ]
         gates = gate.split(self.sizes[1:], -1)
-        if gate.dim() > 1 or not fold:
-            return [Affine(*layer) for layer in zip(weights, gates, shifts, strict=True)]
-        # at one time for all, the gate is cheaper on the weight than on the batch
-        folded = [weight * gate.unsqueeze(-1) for weight, gate in zip(weights, gates, strict=True)]
-        return [Affine(weight, None, shift) for weight, shift in zip(folded, shifts, strict=True)]
+        layers = [Affine(*layer) for layer in zip(weights, gates, shifts, strict=True)]
+        # at one time for all, the gate is cheaper on the weight than on the batch, except where
+        # compiled code multiplies by it in the same pass that computes the activation
+        return layers if gate.dim() > 1 or compiling else [layer.folded() for layer in layers]
 
     def _vector(self) -> nn.Parameter:
         """A coefficient of time for every output."""
