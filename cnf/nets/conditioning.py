@@ -31,6 +31,11 @@ class LowRank(NamedTuple):
     left: Tensor
     right: Tensor
 
+    @property
+    def shared(self) -> bool:
+        """Whether all points have the same weight: no."""
+        return False
+
     def apply(self, x: Tensor) -> Tensor:
         """Map points."""
         return self.linear(x) + self.affine.shift

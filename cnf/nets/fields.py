@@ -79,22 +79,16 @@ class TimeMLP(Field):
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The velocity at ``(*batch, features)``."""
+        *inner, last = layers = self.layers.at(t, context)
         alike = context is None or context.shape[:-1] == x.shape[:-1]
-        if not t.dim() and alike and by_columns(x):
-            return self._by_columns(t, x, context)
-        *inner, last = self.layers.at(t, context)
-        activate = self.activation.value
+        if alike and by_columns(x) and all(affine.shared for affine in layers):
+            columns = x.reshape(-1, self.features).t()
+            for affine in inner:
+                columns = self.activation.value(affine.apply_columns(columns))
+            return last.apply_columns(columns).t().reshape(x.shape)
         for affine in inner:
-            x = activate(affine.apply(x))
+            x = self.activation.value(affine.apply(x))
         return last.apply(x)
-
-    def _by_columns(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
-        """The velocity at one time, with samples as columns."""
-        *inner, last = self.layers.at(t, context)
-        columns = x.reshape(-1, self.features).t()
-        for affine in inner:
-            columns = self.activation.value(affine.apply_columns(columns))
-        return last.apply_columns(columns).t().reshape(x.shape)
 
     def push(
         self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor
@@ -137,7 +131,7 @@ class TimeMLP(Field):
         """Whether the written-out pass may be taken: not within a transformation of the code."""
         return (
             self.activation.beta is None
-            and all(layer.gate is None and layer.weight.dim() == 2 for layer in layers)
+            and all(layer.shared and layer.gate is None for layer in layers)
             and not torch.compiler.is_compiling()
             and not torch._C._are_functorch_transforms_active()
         )

@@ -32,6 +32,11 @@ class Affine(NamedTuple):
     gate: Tensor | None
     shift: Tensor
 
+    @property
+    def shared(self) -> bool:
+        """Whether all points have the same weight and gate."""
+        return self.weight.dim() == 2 and (self.gate is None or self.gate.dim() == 1)
+
     def apply(self, x: Tensor) -> Tensor:
         """Map points."""
         if self.gate is None and self.weight.dim() == 2 and self.shift.dim() == 1:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from cnf.divergence import Exact, push
+from cnf import compiling
+from cnf.divergence import Exact, Hutchinson, push
 from cnf.nets import ConditionedMLP, ConvField, PotentialField, ResidualField, TimeMLP
 from cnf.nets.conditioning import ADAPTERS
 from cnf.nets.conv_field import TIME_CONVS
@@ -89,6 +90,58 @@ def test_products_and_trace_are_autograds(name):
         images = u[:, i].reshape(4, -1) @ expected.T
         torch.testing.assert_close(products[:, i].reshape(4, -1), images, atol=1e-9, rtol=1e-9)
         torch.testing.assert_close(traced.divergence[i], expected.trace(), atol=1e-9, rtol=1e-9)
+
+
+@every
+@pytest.mark.parametrize("probes", [1, 3])
+def test_estimates_of_the_trace_are_products_with_their_probes(name, probes):
+    field, event = build(name)
+    x, context = points(2, *event), points(2, 2, seed=2)
+    divergence = Hutchinson(probes)
+    noise = divergence.draw(field, T, x, context, torch.Generator().manual_seed(0))
+    found = divergence(field, T, x, context, noise)
+    velocity, products = push(field, T, x, context, noise)
+    wanted = (noise * products).flatten(2).sum(-1)
+    torch.testing.assert_close(found.velocity, velocity)
+    torch.testing.assert_close(found.samples, wanted)
+    torch.testing.assert_close(found.divergence, wanted.mean(0))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *[f"mlp, {kind}" for kind in ("ignore", "concatsquash", "blend")],
+        *[f"mlp, concatsquash, {by}" for by in ADAPTERS],
+        *["residual", "potential", "swish"],
+    ],
+)
+def test_compiled_code_computes_the_same(name):
+    field, event = build(name)
+    x, context, u = points(2, 3, *event), points(2, 3, 2, seed=2), points(2, 2, 3, *event, seed=3)
+    trace, estimate = Exact(), Hutchinson(2)
+    basis = trace.draw(field, T, x, context, None)
+
+    def everything(t, x, context):
+        return (
+            field(t, x, context),
+            trace(field, t, x, context, basis).divergence,
+            estimate(field, t, x, context, u).samples,
+        )
+
+    def differentiated(function):
+        found = function(T, x, context)
+        total = sum(part.sin().sum() for part in found)
+        wanted = (x, context, *field.parameters())
+        grads = torch.autograd.grad(total, wanted, materialize_grads=True, allow_unused=True)
+        return *[part.detach() for part in found], *grads
+
+    compiled = compiling.compiled(everything, backend="aot_eager", whole=True)
+    with torch.no_grad():  # by columns, where that pays
+        torch.testing.assert_close(compiled(T, x, context), everything(T, x, context))
+    x.requires_grad_(), context.requires_grad_()
+    torch.testing.assert_close(
+        differentiated(compiled), differentiated(everything), atol=1e-9, rtol=1e-7
+    )
 
 
 @pytest.mark.parametrize("batch", [(3,), (9,), (2, 5)], ids=str)
