@@ -80,7 +80,7 @@ class TimeMLP(Field):
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The velocity at ``(*batch, features)``."""
         *inner, last = layers = self.layers.at(t, context)
-        alike = context is None or context.shape[:-1] == x.shape[:-1]
+        alike = not t.dim() and (context is None or context.shape[:-1] == x.shape[:-1])
         if alike and by_columns(x) and all(affine.shared for affine in layers):
             columns = x.reshape(-1, self.features).t()
             for affine in inner:

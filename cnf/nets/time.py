@@ -126,7 +126,7 @@ class TimeLayers(nn.Module, ABC):
             t = t[..., :1]  # one time along the whole axis: what follows from it is computed once
         weights, gate, shift = self.coefficients(t)
         compiling = torch.compiler.is_compiling()
-        if compiling:
+        if compiling and not t.dim():
             gate, shift = (None if gate is None else realized(gate)), realized(shift)
         if self.from_context is not None and context is not None:
             shift = shift + self.from_context(context)
