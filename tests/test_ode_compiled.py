@@ -537,6 +537,14 @@ def test_a_field_by_columns_takes_a_context_that_is_broadcast():
             torch.testing.assert_close(run(t, x, context), field(t, x, context))
 
 
+def test_a_field_by_columns_takes_times_that_are_broadcast():
+    field = TimeMLP(2, (8,), conditioning="concat").double()
+    t, x = torch.rand(4, 1).double(), torch.randn(4, 5, 2).double()
+    run = compiling.compiled(field, backend=BACKEND)
+    with torch.no_grad():
+        torch.testing.assert_close(run(t, x), field(t, x))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compile", [True, "reduce-overhead"])
