@@ -38,7 +38,9 @@ def main() -> None:
     asked = next((word for word in sys.argv[1:] if word in COMMANDS), None)
     for name, said in COMMANDS.items():
         command = commands.add_parser(name, help=said)
-        command.add_argument("--threads", type=int, default=1, help="threads and cores for all")
+        command.add_argument(
+            "--threads", type=harness.count, default=1, help="threads and cores for all"
+        )
         if name == asked:  # the others' peers need not be there
             importlib.import_module(f"benchmarks.{name}").add_arguments(command)
     options = parser.parse_args()

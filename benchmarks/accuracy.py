@@ -17,7 +17,7 @@ from benchmarks import harness
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, help="what `cnf compare TARGET --out RUNS` wrote")
-    parser.add_argument("--points", type=int, default=5000)
+    parser.add_argument("--points", type=harness.count, default=5000)
     harness.add_out(parser)
 
 

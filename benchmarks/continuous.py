@@ -61,8 +61,10 @@ class Step:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     harness.add_effort(parser)
     parser.add_argument("--part", choices=("steps", "evaluation"), help="only this part")
-    parser.add_argument("--batches", type=int, nargs="+", help="batch sizes of the training steps")
-    parser.add_argument("--features", type=int, nargs="+", help="D of the evaluations")
+    parser.add_argument(
+        "--batches", type=harness.count, nargs="+", help="batch sizes of the training steps"
+    )
+    parser.add_argument("--features", type=harness.count, nargs="+", help="D of the evaluations")
     parser.add_argument(
         "--torchdyn", metavar="PYTHON", help="the interpreter of an environment that has torchdyn"
     )
@@ -71,6 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     rounds = harness.ROUNDS[options.effort]
+    if options.torchdyn is not None:
+        _torchdyn_name(options.torchdyn)  # says at once what is wrong with its environment
     tables: list[dict[str, Any]] = []
     for found in _tables(options, rounds):
         tables += found

@@ -23,9 +23,11 @@ FIRST_STEP = 0.05
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--features", type=int, nargs="+", default=[2, 43, 63])
-    parser.add_argument("--points", type=int, default=256)
-    parser.add_argument("--draws", type=int, default=3, help="sets of points for each figure")
+    parser.add_argument("--features", type=harness.count, nargs="+", default=[2, 43, 63])
+    parser.add_argument("--points", type=harness.count, default=256)
+    parser.add_argument(
+        "--draws", type=harness.count, default=3, help="sets of points for each figure"
+    )
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for results")
 
 

@@ -11,7 +11,17 @@ from typing import Any
 import torch
 
 from benchmarks.families import FAMILIES, PACKAGES, Model, Spec, build
-from benchmarks.harness import RESULTS, ROUNDS, Entrant, add_effort, installed, race, table, write
+from benchmarks.harness import (
+    RESULTS,
+    ROUNDS,
+    Entrant,
+    add_effort,
+    count,
+    installed,
+    race,
+    table,
+    write,
+)
 
 LAYERS, BINS, WIDTH = 5, 8, 64
 NAMES = {
@@ -34,11 +44,11 @@ NOTE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add_effort(parser)
-    parser.add_argument("--features", type=int, nargs="+")
+    parser.add_argument("--features", type=count, nargs="+")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--calls", nargs="+", choices=CALLS, default=CALLS)
-    parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--batch", type=count, default=512)
+    parser.add_argument("--rounds", type=count)
     parser.add_argument("--eager", action="store_true", help="leave out what has to be compiled")
     parser.add_argument(
         "--cpu-time", action="store_true", help="count the process's own seconds, on a busy machine"

@@ -34,8 +34,8 @@ COMPILED: dict[str, dict[str, Any]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     harness.add_effort(parser)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--batch", type=int, default=10_000)
-    parser.add_argument("--features", type=int, nargs="+", default=[2, 63])
+    parser.add_argument("--batch", type=harness.count, default=10_000)
+    parser.add_argument("--features", type=harness.count, nargs="+", default=[2, 63])
     parser.add_argument(
         "--gradients",
         nargs="+",
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["checkpoint", "adjoint"],
         help="which of ours are compiled",
     )
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--rounds", type=harness.count)
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for results")
 
 

@@ -18,8 +18,10 @@ MODES = ("adjoint", "checkpoint", "backprop")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="checkerboard")
-    parser.add_argument("--steps", type=int, default=3000, help="of flow matching, before")
-    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument(
+        "--steps", type=harness.count, default=3000, help="of flow matching, before"
+    )
+    parser.add_argument("--batch", type=harness.count, default=512)
 
 
 def run(options: argparse.Namespace) -> None:

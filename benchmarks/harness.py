@@ -247,6 +247,24 @@ def number(value: Any) -> str:
     return f"{value:.{max(0, min(digits, 5))}f}"
 
 
+def count(text: str) -> int:
+    """A whole number above zero, as an option is given."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number above zero, got {text!r}")
+    return int(text)
+
+
+def amount(text: str) -> float:
+    """A finite number above zero, as an option is given."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above zero, got {text!r}")
+    return value
+
+
 def add_effort(parser: argparse.ArgumentParser) -> None:
     """The options ``--quick`` and ``--full``; ``options.effort`` is ``"usual"`` without them."""
     group = parser.add_mutually_exclusive_group()

@@ -57,10 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mnist", type=Path, help="an NPZ file with train and test, flat uint8")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument(
-        "--steps", nargs="+", type=int, default=[1000], help="of all models, or of each in turn"
+        "--steps",
+        nargs="+",
+        type=harness.count,
+        default=[1000],
+        help="of all models, or of each in turn",
     )
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--test", type=int, default=1000, help="held-out images to score")
+    parser.add_argument("--batch", type=harness.count, default=32)
+    parser.add_argument("--test", type=harness.count, default=1000, help="held-out images to score")
     parser.add_argument("--name", help="of the files written; images-digits or images-mnist")
     parser.add_argument("--pictures", type=Path, default=Path("docs"))
 

@@ -37,7 +37,7 @@ LADDER = [10 ** (-k / 4) for k in range(6, 49)]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     harness.add_effort(parser)
-    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--batch", type=harness.count, default=512)
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for results")
 
 

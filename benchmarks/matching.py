@@ -30,9 +30,9 @@ CHUNK = 2000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", nargs="*", default=["8gaussians", "checkerboard", "pinwheel"])
     parser.add_argument("--tables", type=Path, help="a folder with " + ", ".join(DATA.values()))
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--scored", type=int, default=10_000, help="test points")
+    parser.add_argument("--steps", type=harness.count, default=1000)
+    parser.add_argument("--seeds", type=harness.count, default=3)
+    parser.add_argument("--scored", type=harness.count, default=10_000, help="test points")
 
 
 def run(options: argparse.Namespace) -> None:

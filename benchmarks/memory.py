@@ -33,8 +33,10 @@ LIMIT = 2.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("parts", nargs="*", default=PARTS, help=f"of {', '.join(PARTS)}")
     harness.add_effort(parser)
-    parser.add_argument("--rows", type=int, help="rows to score, a million unless --quick")
-    parser.add_argument("--chunk", type=int, default=10_000, help="rows scored at a time")
+    parser.add_argument(
+        "--rows", type=harness.count, help="rows to score, a million unless --quick"
+    )
+    parser.add_argument("--chunk", type=harness.count, default=10_000, help="rows scored at a time")
     parser.add_argument("--only", choices=MODELS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for results")
 

@@ -18,8 +18,10 @@ BATCH, WIDTH = 512, 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--inputs", type=int, nargs="+", default=(1, 2, 4, 8, 12, 16, 43, 64))
-    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument(
+        "--inputs", type=harness.count, nargs="+", default=(1, 2, 4, 8, 12, 16, 43, 64)
+    )
+    parser.add_argument("--batch", type=harness.count, default=BATCH)
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for results")
 
 

@@ -21,10 +21,10 @@ WARM = "8gaussians after a warm start"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--features", type=int, nargs="+", default=[2, 43], help="D of the mixtures"
+        "--features", type=harness.count, nargs="+", default=[2, 43], help="D of the mixtures"
     )
-    parser.add_argument("--seconds", type=float, default=20, help="of the warm start")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=harness.amount, default=20, help="of the warm start")
+    parser.add_argument("--rounds", type=harness.count, default=7)
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for results")
 
 

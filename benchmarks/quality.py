@@ -78,10 +78,16 @@ class Peer(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     harness.add_effort(parser)
     parser.add_argument("--targets", nargs="+", choices=THRESHOLDS, help="only these")
-    parser.add_argument("--seconds", type=float, help="for how long FFJORD's script trains")
-    parser.add_argument("--others", type=float, help="for how long the rest, if not as long")
+    parser.add_argument(
+        "--seconds", type=harness.amount, help="for how long FFJORD's script trains"
+    )
+    parser.add_argument(
+        "--others", type=harness.amount, help="for how long the rest, if not as long"
+    )
     parser.add_argument("--recipes", nargs="+", choices=OURS, default=[*OURS], help="of ours")
-    parser.add_argument("--budgets", type=float, nargs="+", help="what our trainings are given")
+    parser.add_argument(
+        "--budgets", type=harness.amount, nargs="+", help="what our trainings are given"
+    )
     parser.add_argument("--alone", action="store_true", help="ours only, in a file of its own")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for results")
 

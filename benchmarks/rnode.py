@@ -24,8 +24,8 @@ PRICE = 0.01
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("targets", nargs="*", default=TARGETS, help="densities in the plane")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--steps", type=harness.count, default=1000)
+    parser.add_argument("--batch", type=harness.count, default=512)
     parser.add_argument(
         "--weights", type=float, nargs="+", default=[0.0, 0.01, 0.1],
         help="of the kinetic energy at the start of a training; 0 is plain FFJORD",
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--warm-start", type=int, default=0, metavar="STEPS",
         help="of flow matching, without costs, before the likelihood's",
     )  # fmt: skip
-    parser.add_argument("--lr", type=float, default=0.01, help="the peak learning rate")
+    parser.add_argument("--lr", type=harness.amount, default=0.01, help="the peak learning rate")
     parser.add_argument(
         "--schedule", choices=("cosine", "constant"), default="cosine",
         help="of the learning rate; FFJORD's script has a constant one",

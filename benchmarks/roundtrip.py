@@ -33,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # what takes long comes last: the figures are written as they come
     names = sorted([*cnf.models, *VARIANTS], key=lambda name: cnf.models[base(name)].family == LAST)
     parser.add_argument("--target", default="moons")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--points", type=int, default=5000)
+    parser.add_argument("--steps", type=harness.count, default=300)
+    parser.add_argument("--batch", type=harness.count, default=256)
+    parser.add_argument("--points", type=harness.count, default=5000)
     parser.add_argument("--models", nargs="+", choices=names, default=names)
     parser.add_argument("--name", default="roundtrip", help="of the files written")
 

@@ -21,7 +21,7 @@ NAMES = ("temperature", "pressure", "humidity", "wind", "load", "price")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=harness.amount, default=60)
     parser.add_argument("--model", default="nsf")
     harness.add_out(parser)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.families import FAMILIES, PACKAGES, Model, Spec, build
-from benchmarks.harness import RESULTS, say, table, write
+from benchmarks.harness import RESULTS, count, say, table, write
 
 DATA = {"gas30k": "gas30k_d8.npz", "magic": "magic_d10.npz", "protein": "protein_d9.npz"}
 LAYERS, BINS, WIDTH, BATCH, LR, CLIP = 5, 8, 64, 256, 2e-3, 5.0
@@ -39,8 +39,8 @@ NOTE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("folder", type=Path, help="has the files " + ", ".join(DATA.values()))
-    parser.add_argument("--steps", type=int, default=1000, help="of every training")
-    parser.add_argument("--seeds", type=int, default=1, help="trainings of each model")
+    parser.add_argument("--steps", type=count, default=1000, help="of every training")
+    parser.add_argument("--seeds", type=count, default=1, help="trainings of each model")
     for option, values in (("tables", DATA), ("families", FAMILIES), ("packages", PACKAGES)):
         parser.add_argument(f"--{option}", nargs="+", choices=tuple(values), default=tuple(values))
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")

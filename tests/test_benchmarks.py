@@ -1,5 +1,6 @@
 """The measurements' tools: fair turns, tables, and peers that compute the same."""
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -149,6 +150,20 @@ def test_torchdyn_agrees(field, x, truth):
     density, ours = entrant[name].at(1e-6), entrant[name].truth
     for peer, own in ((density.log_prob, ours.log_prob), (density.decode, ours.decode)):
         assert torch.allclose(torch.as_tensor(peer(x)).double(), own(x.double()), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (harness.count, {"1": 1, "512": 512}, ("0", "-3", "1.5", "two", "")),
+        (harness.amount, {"0.5": 0.5, "3": 3.0}, ("0", "-1", "inf", "nan", "soon")),
+    ],
+)
+def test_options_take_numbers_above_zero(kind, good, bad):
+    assert {text: kind(text) for text in good} == good
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match="above zero, got"):
+            kind(text)
 
 
 def test_an_interpreter_without_torchdyn_says_how_to_make_one(field, x):
