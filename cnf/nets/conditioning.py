@@ -102,8 +102,7 @@ class HyperNetwork(Adapter):
         adapted = []
         for layer, change, shape, more in zip(layers, changes, self.shapes, shifts, strict=True):
             # time gates what is shared, not the change
-            shared = layer.weight if layer.gate is None else layer.weight * layer.gate.unsqueeze(-1)
-            weight = shared + change.unflatten(-1, shape)
+            weight = layer.folded().weight + change.unflatten(-1, shape)
             adapted.append(Affine(weight, None, layer.shift + more))
         return adapted
 

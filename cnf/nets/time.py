@@ -57,7 +57,7 @@ class Affine(NamedTuple):
         return value + (shift.unsqueeze(-1) if shift.dim() == 1 else shift.t())
 
     def folded(self) -> Affine:
-        """The same with the gate in the weight, of a layer with one gate for all points."""
+        """The same with the gate in the weight."""
         if self.gate is None:
             return self
         return Affine(self.weight * self.gate.unsqueeze(-1), None, self.shift)
@@ -131,15 +131,13 @@ class TimeLayers(nn.Module, ABC):
         if self.from_context is not None and context is not None:
             shift = shift + self.from_context(context)
         shifts = shift.split(self.sizes[1:], -1)
-        if gate is None:
-            return [
-                Affine(*pair) for pair in zip(weights, [None] * len(shifts), shifts, strict=True)
-            ]
-        gates = gate.split(self.sizes[1:], -1)
+        gates = [None] * len(shifts) if gate is None else gate.split(self.sizes[1:], -1)
         layers = [Affine(*layer) for layer in zip(weights, gates, shifts, strict=True)]
         # at one time for all, the gate is cheaper on the weight than on the batch, except where
         # compiled code multiplies by it in the same pass that computes the activation
-        return layers if gate.dim() > 1 or compiling else [layer.folded() for layer in layers]
+        if compiling or (gate is not None and gate.dim() > 1):
+            return layers
+        return [layer.folded() for layer in layers]
 
     def _vector(self) -> nn.Parameter:
         """A coefficient of time for every output."""

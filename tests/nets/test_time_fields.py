@@ -112,7 +112,9 @@ def test_estimates_of_the_trace_are_products_with_their_probes(name, probes):
     [
         *[f"mlp, {kind}" for kind in ("ignore", "concatsquash", "blend")],
         *[f"mlp, concatsquash, {by}" for by in ADAPTERS],
-        *["residual", "potential", "swish"],
+        "residual",
+        "potential",
+        "swish",
     ],
 )
 def test_compiled_code_computes_the_same(name):
@@ -138,7 +140,8 @@ def test_compiled_code_computes_the_same(name):
     compiled = compiling.compiled(everything, backend="aot_eager", whole=True)
     with torch.no_grad():  # by columns, where that pays
         torch.testing.assert_close(compiled(T, x, context), everything(T, x, context))
-    x.requires_grad_(), context.requires_grad_()
+    x.requires_grad_()
+    context.requires_grad_()
     torch.testing.assert_close(
         differentiated(compiled), differentiated(everything), atol=1e-9, rtol=1e-7
     )
