@@ -6,6 +6,7 @@ are one piece of code, and on a CPU all steps of a way are, and all of the way b
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import inspect
@@ -23,6 +24,7 @@ from cnf.ode.runge_kutta import Step, Steps, Trial
 from cnf.ode.solver import ADAPTIVE, Solver
 from cnf.ode.stepper import Path
 from cnf.ode.traced import Spec
+from cnf.ode.transfer import Answer, send
 
 T = TypeVar("T")
 
@@ -34,6 +36,9 @@ LOOPING = ("inductor", "eager", "aot_eager")
 ROOM = 64
 # numbers in a state beyond which that room would be large, and starting operations takes no time
 LARGE = 1 << 17
+# how many attempts at steps may be under way on a device: while one is computed, Python starts the
+# next
+AHEAD = 2
 
 
 class CompiledSteps:
@@ -103,17 +108,21 @@ class CompiledSteps:
     def loops(self, y: Tensor, points: Sequence[float], keep: bool) -> bool:
         """Whether all steps between two times can be one piece of code.
 
-        On a GPU each step is waited for anyhow, and is a graph of its own under some modes. States
-        are kept in a loop if all of them are, and not where they are large.
+        Not on a GPU, where the code of a loop waits for the device in every turn. States are kept
+        in a loop if all of them are, and not where they are large.
         """
-        solver = self.solver
         return (
             self._may_loop("arrive", y, points)
-            and solver.method in ADAPTIVE
-            and self.spec.table.reuses_last
-            and not solver.options
-            and not (keep and (solver.checkpoints or len(y) > LARGE))
+            and self._goes_on(keep)
+            and not (keep and len(y) > LARGE)
         )
+
+    def ahead(self, y: Tensor, points: Sequence[float], keep: bool) -> bool:
+        """Whether attempts at steps may be started before it is known what came of others.
+
+        That is for devices that compute while Python goes on.
+        """
+        return y.device.type == "cuda" and len(points) == 2 and self._goes_on(keep)
 
     def loops_back(self, path: Path) -> bool:
         """Whether the way back along a path can be one piece of code, whatever the method."""
@@ -163,6 +172,48 @@ class CompiledSteps:
         watch.nfe += 2 + self.spec.evaluations * (good + bad)
         return Path(torch.stack([y, after]), steps, [0, len(steps)], dict(enumerate(kept)))
 
+    def arrive_ahead(self, y: Tensor, points: Sequence[float], keep: bool) -> Path | None:
+        """``arrive``, with attempts at steps started ahead; None where a step fails.
+
+        No more of them are under way than the way will take by the last that is known.
+        """
+        watch, (time, end) = self.watch, points
+        most = self.solver.max_steps - watch.accepted - watch.rejected
+        smallest = watch.smallest(max(map(abs, points)))
+        limits = send([end, *self.tolerances, smallest, most], torch.float64, y.device)
+        here, none = send([time, 0.0], torch.float64, y.device)
+        sign = 1.0 if end > time else -1.0
+        look = self._look(time, y)
+        slope, size = self.code.begin(look, self.spec, self._numbers(y, time, sign), self._parts(y))
+        found = torch.stack([here, size, none, none, here, none])
+        steps: list[Step] = []
+        kept: list[Tensor] = []
+        under_way: collections.deque[tuple[Answer, Tensor, Tensor]] = collections.deque()
+        after, missing, started = y, AHEAD, 0
+        while True:
+            while len(under_way) < min(missing, AHEAD):
+                before = after
+                after, slope, found = self.code.attempt(
+                    look, self.spec, limits, found, self._parts(before), self._parts(slope)
+                )
+                started += 1
+                under_way.append((Answer(found), before, after))
+            answer, before, state = under_way.popleft()
+            time, length, accepted, rejected, *step = answer.read()
+            if accepted > len(steps):
+                steps.append(Step(*step))
+                if keep:
+                    kept.append(before)
+            if time == end:
+                break
+            if length <= smallest or accepted + rejected >= most:
+                return None
+            missing = stepper.steps_between(time, end, length)
+        watch.accepted += len(steps)
+        watch.rejected += int(rejected)
+        watch.nfe += 2 + self.spec.evaluations * started
+        return Path(torch.stack([y, state]), steps, [0, len(steps)], dict(enumerate(kept)))
+
     def retrace(
         self, path: Path, gradient: Tensor, tracked: Sequence[Tensor]
     ) -> tuple[Tensor, Sequence[Tensor]] | None:
@@ -189,6 +240,12 @@ class CompiledSteps:
         watch.accepted += count
         return adjoint + gradient[0], sums
 
+    def _goes_on(self, keep: bool) -> bool:
+        """Whether steps are chosen as ``traced`` does it, and kept all or not at all."""
+        solver = self.solver
+        adaptive = solver.method in ADAPTIVE and self.spec.table.reuses_last
+        return adaptive and not solver.options and not (keep and solver.checkpoints)
+
     def _may_loop(self, kind: str, y: Tensor, points: Sequence[float]) -> bool:
         near = y.device.type == "cpu" and len(points) == 2
         if self.looped is None or not near or not self.code.loops:
@@ -202,12 +259,7 @@ class CompiledSteps:
 
     def _numbers(self, y: Tensor, time: float, size: float) -> Tensor:
         # as one tensor: code that was compiled for one number would be compiled again for the next
-        numbers = [time, size, *self.tolerances]
-        if y.device.type != "cuda":
-            return torch.tensor(numbers, dtype=y.dtype, device=y.device)
-        # from pinned memory, because any other copy waits until the device has done all it has
-        pinned = torch.tensor(numbers, dtype=y.dtype, pin_memory=True)
-        return pinned.to(y.device, non_blocking=True)
+        return send([time, size, *self.tolerances], y.dtype, y.device)
 
     def _parts(self, flat: Tensor) -> State:
         return cut(flat, self.sizes, self.shapes)
@@ -230,7 +282,7 @@ def travel(
     watch: Watch,
     keep: bool = True,
 ) -> Path:
-    """``stepper.walk``, in one piece of code where there is one."""
+    """``stepper.walk``, in one piece of code where there is one, or with attempts ahead."""
     if isinstance(steps, CompiledSteps) and steps.loops(y, points, keep):
         path = steps.arrive(y, points, keep)
         if path is not None:
@@ -238,6 +290,11 @@ def travel(
         if steps.loops(y, points, keep):
             # plain ones say what is wrong, with nothing to compile first
             steps = plain()
+    elif isinstance(steps, CompiledSteps) and steps.ahead(y, points, keep):
+        path = steps.arrive_ahead(y, points, keep)
+        if path is not None:
+            return path
+        steps = plain()
     return stepper.walk(steps, y, points, solver, watch, keep)
 
 
@@ -267,6 +324,7 @@ class Code(NamedTuple):
     trial: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor]]
     step: Callable[..., Tensor]
     pull: Callable[..., tuple[Tensor, Sequence[Tensor]]]
+    attempt: Callable[..., tuple[Tensor, Tensor, Tensor]]
     arrive: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
     retrace: Callable[..., tuple[Tensor, Sequence[Tensor]]]
     # whether the last two are for use: uncompiled, or by another backend, torch's loop is not
@@ -344,6 +402,7 @@ def code(backend: str, mode: str | None = None) -> Code:
         one(traced.trial),
         one(traced.step),
         one(traced.pull),
+        one(traced.attempt),
         one(traced.arrive, native=True),
         one(traced.retrace, native=True),
         loops,

@@ -30,13 +30,14 @@ def grid(times: Sequence[float], step_size: float) -> list[float]:
     """The fixed grid: evenly spaced between neighbouring times, no step above ``step_size``."""
     points = [times[0]]
     for start, end in pairwise(times):
-        count = _steps_between(start, end, step_size)
+        count = steps_between(start, end, step_size)
         points += [start + (end - start) * i / count for i in range(1, count)]
         points.append(end)
     return points
 
 
-def _steps_between(start: float, end: float, step_size: float) -> int:
+def steps_between(start: float, end: float, step_size: float) -> int:
+    """How many equal steps, none above ``step_size``, lead from one time to another."""
     return max(1, math.ceil(abs(end - start) / step_size - SLACK))
 
 
@@ -113,7 +114,7 @@ def _adaptive(
             watch.step(time, y, size)
             # as many equal steps as the longest that is tolerated needs: a last one cut short would
             # cost as much as a whole one, and the others would have been longer than they must
-            count = _steps_between(time, target, size)
+            count = steps_between(time, target, size)
             step = Step(time, (target - time) / count)
             trial = taken.trial(step, y, slope)
             ratio = float(trial.ratio)

@@ -115,7 +115,7 @@ def arrive(
     """
     # copies, because what a loop looks at must not share memory
     start, end, rtol, atol, smallest, most, size = [number.clone() for number in numbers.unbind()]
-    dtype, count, order = state[0].dtype, len(state), spec.table.order
+    dtype, count = state[0].dtype, len(state)
     if slopes is None:
         ahead = torch.stack([start, (end - start).sign(), rtol, atol]).to(dtype)
         slopes, size = _begin(spec, ahead, state)
@@ -123,52 +123,63 @@ def arrive(
     keeps = len(room) > 0
 
     def going(time: Tensor, size: Tensor, accepted: Tensor, rejected: Tensor, *_: Tensor) -> Tensor:
-        more = (time != end) & (size > smallest) & (accepted + rejected < most)
+        more = _going((time, size, accepted, rejected), end, smallest, most)
         return more & (accepted < len(room)) if keeps else more
 
-    def attempt(
+    def body(
         time: Tensor, size: Tensor, accepted: Tensor, rejected: Tensor, *moving: Tensor
     ) -> State:
         parts, records = moving[: 2 * count], moving[2 * count :]
-        before, first = parts[:count], parts[count:]
-        left = end - time
-        pieces = (left.abs() / size - SLACK).ceil().clamp_min(1.0)
-        step = left / pieces
-        tried = torch.stack([time, step, rtol, atol]).to(dtype)
-        after, _, last, ratio = _trial(spec, tried, before, first)
-        factor = (SAFETY * ratio.double() ** (-1 / order)).clamp(SHRINK, GROW)
-        longest = step.abs() * factor
-        good, lands = ratio <= 1, pieces == 1
-        then = torch.where(lands, end, time + step)
+        found = time, size, accepted, rejected
+        then, taken, moved = _attempt(spec, found, (end, rtol, atol), parts)
         if keeps:
             # where it is rejected, the next step's take its place
-            rows = join(before), torch.stack([time, step])
+            rows = join(parts[:count]), torch.stack(taken)
             at = accepted.long().reshape(1)
             records = tuple(
                 record.index_copy(0, at, row.unsqueeze(0))
                 for record, row in zip(records, rows, strict=True)
             )
-        return (
-            torch.where(good, then, time),
-            torch.where(good & lands, torch.maximum(size, longest), longest),
-            accepted + good,
-            rejected + ~good,
-            *[
-                torch.where(good, new, old).contiguous()
-                for new, old in zip((*after, *last), parts, strict=True)
-            ],
-            *records,
-        )
+        return *then, *[part.contiguous() for part in moved], *records
 
     none = torch.zeros_like(start)
     moving = [_own(part) for part in (*state, *slopes, *([room, passed] if keeps else []))]
     time, size, accepted, rejected, *rest = torch.while_loop(
-        going, attempt, (start.clone(), size, none, none.clone(), *moving)
+        going, body, (start.clone(), size, none, none.clone(), *moving)
     )
     after, last, records = rest[:count], rest[count : 2 * count], rest[2 * count :]
     found = torch.stack([time, size, accepted, rejected])
     room, passed = records or (room, passed)
     return join(after), join(last), found, room, passed
+
+
+def attempt(
+    spec: Spec, numbers: Tensor, found: Tensor, state: State, slopes: State
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One attempt at a step of ``arrive``; where it has ended, it leaves all as it is.
+
+    So attempts may be started before anybody knows what came of those before.
+
+    Args:
+        spec: what is compiled.
+        numbers: the time to arrive at, rtol, atol, the smallest size of a step, and how many there
+            may be, in float64.
+        found: the time, the size of the next step, and how many were accepted and rejected, in
+            float64; the time and the size of the step before, which are not looked at.
+        state: at that time.
+        slopes: the derivatives there.
+
+    Returns:
+        The state and its derivatives, flat, and ``found`` after the attempt.
+    """
+    end, rtol, atol, smallest, most = numbers.unbind()
+    known, parts = found[:4].unbind(), (*state, *slopes)
+    going = _going(known, end, smallest, most)
+    then, taken, moved = _attempt(spec, known, (end, rtol, atol), parts)
+    after = [torch.where(going, new, old) for new, old in zip(moved, parts, strict=True)]
+    counts = [torch.where(going, new, old) for new, old in zip(then, known, strict=True)]
+    count = len(state)
+    return join(after[:count]), join(after[count:]), torch.stack([*counts, *taken])
 
 
 def retrace(
@@ -217,6 +228,46 @@ def retrace(
 def _own(part: Tensor) -> Tensor:
     """The numbers in memory of their own, as what goes round in loops has to lie."""
     return part.clone(memory_format=torch.contiguous_format)
+
+
+def _going(found: State, end: Tensor, smallest: Tensor, most: Tensor) -> Tensor:
+    """Whether a way has neither arrived nor failed."""
+    time, size, accepted, rejected = found
+    return (time != end) & (size > smallest) & (accepted + rejected < most)
+
+
+def _attempt(spec: Spec, found: State, limits: State, parts: State) -> tuple[State, State, State]:
+    """What an attempt at a step makes of all that changes on a way.
+
+    Args:
+        spec: what is compiled.
+        found: the time, the size of the next step, and how many were accepted and rejected.
+        limits: the time to arrive at, rtol and atol.
+        parts: of the state and of its derivatives.
+
+    Returns:
+        The next ``found``, the time and the size of the step that was tried, the next ``parts``.
+    """
+    time, size, accepted, rejected = found
+    end, rtol, atol = limits
+    count = len(parts) // 2
+    before, first = parts[:count], parts[count:]
+    left = end - time
+    pieces = (left.abs() / size - SLACK).ceil().clamp_min(1.0)
+    step = left / pieces
+    tried = torch.stack([time, step, rtol, atol]).to(before[0].dtype)
+    after, _, last, ratio = _trial(spec, tried, before, first)
+    factor = (SAFETY * ratio.double() ** (-1 / spec.table.order)).clamp(SHRINK, GROW)
+    longest = step.abs() * factor
+    good, lands = ratio <= 1, pieces == 1
+    then = (
+        torch.where(good, torch.where(lands, end, time + step), time),
+        torch.where(good & lands, torch.maximum(size, longest), longest),
+        accepted + good,
+        rejected + ~good,
+    )
+    moved = [torch.where(good, new, old) for new, old in zip((*after, *last), parts, strict=True)]
+    return then, (time, step), tuple(moved)
 
 
 def _begin(spec: Spec, numbers: Tensor, state: State) -> tuple[State, Tensor]:
