@@ -15,8 +15,10 @@ from cnf.ode import (
     TooManySteps,
     compiled,
     count_nfe,
+    guard,
     integrate,
     traced,
+    transfer,
 )
 from cnf.ode.compiled import AHEAD, CompiledSteps
 from cnf.ode.runge_kutta import tableau
@@ -53,15 +55,10 @@ def events(monkeypatch):
         events.append("failed" if found is None else "arrived")
         return found
 
-    def ahead(self, y, points, keep):
-        return len(points) == 2 and self._goes_on(keep)
-
     monkeypatch.setattr(compiled, "code", listening)
     monkeypatch.setattr(Answer, "read", reading)
     monkeypatch.setattr(CompiledSteps, "arrive_ahead", arriving)
-    monkeypatch.setattr(CompiledSteps, "ahead", ahead)
-    monkeypatch.setattr(CompiledSteps, "loops", lambda *arguments: False)
-    monkeypatch.setattr(CompiledSteps, "loops_back", lambda *arguments: False)
+    monkeypatch.setattr(transfer, "far", lambda tensor: True)
     return events
 
 
@@ -145,8 +142,10 @@ def test_gradients_along_attempts_ahead_are_those_of_walks(method, options, even
         (1.0, lambda t, x: torch.where(t > 0.5, torch.nan, -x), {}, NonFiniteState),
         (1.0, lambda t, x: 1e7 * (torch.cos(t) - x), {"max_steps": 50}, TooManySteps),
         (1.0, lambda t, x: x**2 + 9, {}, StepUnderflow),
+        (1.0, lambda t, x: torch.nan * x, {}, NonFiniteState),
+        (torch.nan, lambda t, x: -x, {}, NonFiniteState),
     ],
-    ids=["velocity", "stiff", "pole"],
+    ids=["velocity", "stiff", "pole", "nowhere", "state"],
 )
 def test_a_failure_is_told_as_of_steps_that_are_walked(start, velocity, options, error, events):
     state, plain = (torch.full((3, 2), start),), Solver("bosh3", **options)
@@ -175,6 +174,27 @@ def test_attempts_are_started_before_the_last_is_known(backwards, events):
     assert ways.count("look") == tried > 5
     # near the end no more are started than are missing
     assert tried <= ways.count("attempt") <= tried + 1
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "checkpoint"])
+def test_a_training_step_waits_for_its_ways_ends(gradient, events, monkeypatch):
+    finite = guard.finite
+
+    def looking(tensors):
+        events.append("look")
+        return finite(tensors)
+
+    monkeypatch.setattr(guard, "finite", looking)
+    flow = cnf.ffjord(2, hidden=(4,), solver=Solver(gradient=gradient, compile="eager"))
+    loss, x = cnf.MaximumLikelihood(flow), cnf.Batch(torch.randn(5, 2))
+    for _ in range(2):
+        events.clear()
+        loss(x).total.backward()
+    ways = events.count("arrived")
+    # at what came of attempts, at the solution and at the gradient
+    assert events.count("look") <= events.count("attempt") + 2
+    assert events[0] == "attempt"
+    assert ways == (2 if gradient == "adjoint" else 1)
 
 
 def test_large_states_are_kept_and_few_checkpoints_are_walked(events, monkeypatch):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cnf import compiling
-from cnf.ode import stepper, traced
+from cnf.ode import stepper, traced, transfer
 from cnf.ode.errors import CompilationError
 from cnf.ode.guard import State, Velocity, Watch, cut, finite
 from cnf.ode.runge_kutta import Step, Steps, Trial
@@ -122,7 +122,7 @@ class CompiledSteps:
 
         That is for devices that compute while Python goes on.
         """
-        return y.device.type == "cuda" and len(points) == 2 and self._goes_on(keep)
+        return transfer.far(y) and len(points) == 2 and self._goes_on(keep)
 
     def loops_back(self, path: Path) -> bool:
         """Whether the way back along a path can be one piece of code, whatever the method."""
@@ -206,7 +206,7 @@ class CompiledSteps:
                     kept.append(before)
             if time == end:
                 break
-            if length <= smallest or accepted + rejected >= most:
+            if not length > smallest or accepted + rejected >= most:
                 return None
             missing = stepper.steps_between(time, end, length)
         watch.accepted += len(steps)
@@ -247,7 +247,7 @@ class CompiledSteps:
         return adaptive and not solver.options and not (keep and solver.checkpoints)
 
     def _may_loop(self, kind: str, y: Tensor, points: Sequence[float]) -> bool:
-        near = y.device.type == "cpu" and len(points) == 2
+        near = not transfer.far(y) and len(points) == 2
         if self.looped is None or not near or not self.code.loops:
             return False
         refused = self.code.refused

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from cnf.ode import transfer
 from cnf.ode.errors import (
     CompilationError,
     NonFiniteState,
@@ -56,7 +57,7 @@ class Watch:
         self.every_evaluation = every_evaluation
         self.nfe = self.accepted = self.rejected = self.undefined = 0
         self.settled = True
-        self.pending: list[tuple[float, float, Tensor]] = []
+        self.pending: list[tuple[str, float, float | None, Tensor]] = []
 
     def finish(self) -> Stats:
         """End the pass: tell the recorders, let go of tensors."""
@@ -95,25 +96,33 @@ class Watch:
         """The size below which a step at so late a time has become too small."""
         return self.solver.min_step or self.resolution * max(time, self.span / 1000)
 
+    def starts(self, state: Tensor, time: float) -> None:
+        """Check what a pass starts from, which only those wait for that wait for every step."""
+        what = "the initial state is"
+        if self.solver.compile:
+            self._check(state, what, time, None)
+        else:
+            self.arrived(state, time, what)
+
     def _check_state(self, state: Tensor | State, time: float, size: float) -> None:
+        what = "the state is" if self.direction == "forward" else "the state or its gradient is"
+        self._check(state, what, time, size)
+
+    def _check(self, state: Tensor | State, what: str, time: float, size: float | None) -> None:
         parts = (state,) if isinstance(state, Tensor) else state
-        if parts[0].device.type != "cpu":
-            # a device that is still at work would have to be waited for; at the end all are read
-            self.pending.append((time, size, magnitude(parts)))
+        if transfer.far(parts[0]):
+            # read at the end, all at once
+            self.pending.append((what, time, size, magnitude(parts)))
         elif not finite(parts):
-            self._fail_at(time, size)
+            self.fail(NonFiniteState, f"{what} not finite", time, size)
 
     def _look_back(self) -> None:
-        """Fail at the first step whose state is not finite, of those not looked at yet."""
+        """Fail at the first state that is not finite, of those not looked at yet."""
         pending, self.pending = self.pending, []
         largest = torch.stack([value for *_, value in pending]).tolist() if pending else []
-        for (time, size, _), value in zip(pending, largest, strict=True):
+        for (what, time, size, _), value in zip(pending, largest, strict=True):
             if not math.isfinite(value):
-                self._fail_at(time, size)
-
-    def _fail_at(self, time: float, size: float) -> NoReturn:
-        what = "the state" if self.direction == "forward" else "the state or its gradient"
-        self.fail(NonFiniteState, f"{what} is not finite", time, size)
+                self.fail(NonFiniteState, f"{what} not finite", time, size)
 
     def step_back(self, t0: Tensor, state: State, dt: Tensor) -> None:
         """Check a step of torchdiffeq's adjoint, which counts time as the forward pass does."""

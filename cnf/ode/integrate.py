@@ -133,7 +133,7 @@ class Problem:
         name: str,
     ):
         self.points = points
-        self.times = times.detach().to(like.device)
+        self.times = times.detach()
         self.solver = solver
         self.tracked = tracked
         self.integrals = integrals
@@ -153,7 +153,7 @@ class Problem:
         watch, solver = self.watch, self.solver
         watch.begin("forward", solver.method in ADAPTIVE, solver.method == SCIPY)
         try:
-            watch.arrived(flat, self.points[0], "the initial state is")
+            watch.starts(flat, self.points[0])
             self._check_grid(solver.method)
             solution = self._forward(flat)
             watch.arrived(solution, self.points[-1], "the solution is")
@@ -189,7 +189,7 @@ class Problem:
             odeint(
                 self.velocity,
                 flat,
-                self.times,
+                self.times.to(flat.device),
                 rtol=solver.rtol,
                 atol=solver.atol,
                 method=solver.method,
@@ -207,7 +207,7 @@ class Problem:
             odeint_adjoint(
                 self.velocity,
                 flat,
-                self.times,
+                self.times.to(flat.device),
                 rtol=solver.rtol,
                 atol=solver.atol,
                 method=solver.method,

@@ -1,4 +1,4 @@
-"""A few numbers to a device and back, without waiting for what the device has still to do."""
+"""Devices that compute while Python goes on: few numbers there and back, without a wait."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def far(tensor: Tensor) -> bool:
+    """Whether a look at its numbers may have to wait for a device that is still at work."""
+    return tensor.device.type != "cpu"
 
 
 def send(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -190,7 +190,8 @@ class Continuous(Transform):
         divergence: Divergence,
         request: Request,
     ) -> Mapped:
-        times = value.new_tensor(span)
+        # not on the value's device, which would have to be waited for: solvers read them as numbers
+        times = torch.tensor(span, dtype=value.dtype)
         traced = noise is not None
         products = any(cost.needs_products for cost in request.costs)
         # costs are integrals over |dt|: they grow in whichever direction the solver walks
