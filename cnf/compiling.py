@@ -141,15 +141,7 @@ def settings(constants: bool = False) -> Iterator[None]:
 
     Every compiled function says so for itself; around many calls, once takes less time.
     """
-    dynamo, functorch = torch._dynamo.config, torch._functorch.config
-    known = [
-        (dynamo, "trace_autograd_ops", True),
-        (dynamo, "specialize_float", constants),
-        # torch's name for keeping on disk what it made of a function with a derivative of its own,
-        # such as the rational tanh: or else it compiles such code again in every process
-        (functorch, "autograd_cache_allow_custom_autograd_functions", True),
-    ]
-    wanted = [setting for setting in known if hasattr(*setting[:2])]
+    wanted = _wanted(constants)
     before = [getattr(config, name) for config, name, _ in wanted]
     with contextlib.ExitStack() as stack:
         for (config, name, value), old in zip(wanted, before, strict=True):
@@ -165,6 +157,24 @@ def settings(constants: bool = False) -> Iterator[None]:
             warnings.filterwarnings("ignore", "The CUDA Graph is empty", UserWarning)
             warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
         yield
+
+
+@functools.cache
+def _wanted(constants: bool) -> list[tuple[Any, str, bool]]:
+    """Where compilers look for what they are to be told, if they know of it."""
+    from torch.fx.experimental import _config as shapes
+
+    dynamo, functorch = torch._dynamo.config, torch._functorch.config
+    known = [
+        (dynamo, "trace_autograd_ops", True),
+        (dynamo, "specialize_float", constants),
+        # or else a batch of as many samples as something else is long makes code for itself alone
+        (shapes, "use_duck_shape", False),
+        # torch's name for keeping on disk what it made of a function with a derivative of its own,
+        # such as the rational tanh: or else it compiles such code again in every process
+        (functorch, "autograd_cache_allow_custom_autograd_functions", True),
+    ]
+    return [setting for setting in known if hasattr(*setting[:2])]
 
 
 def _settled(constants: bool) -> bool:

@@ -369,15 +369,15 @@ def push(
     def along(tangent: Tensor) -> tuple[Tensor, Tensor]:
         return jvp(lambda x: field(t, x, context), (x,), (tangent,))
 
-    # a compiler cannot follow forward mode under vmap where the batch's size is a variable; it
-    # finds what the passes of single tangents have in common
+    # a compiler finds what the passes of single tangents have in common
     if not torch.compiler.is_compiling():
         try:
             return torch.func.vmap(along, out_dims=(None, 0))(tangents)  # type: ignore[arg-type]
         except (RuntimeError, ValueError) as error:
             if "vmap" not in str(error) and "atching rule" not in str(error):
                 raise
-    pairs = [along(tangent) for tangent in tangents]
+    # of a copy, because a compiler takes what it is given apart outside of the loop that it is in
+    pairs = [along(tangent) for tangent in tangents.clone()]
     return pairs[0][0], torch.stack([product for _, product in pairs])
 
 
@@ -385,8 +385,26 @@ def jvp(
     function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
     """A function's value and its derivative along a direction, in one forward-mode pass."""
+    if torch.compiler.is_compiling():
+        return _jvp_by_reverse(function, at, along)
     value, derivative, *_ = torch.func.jvp(function, at, along)
     return value, derivative
+
+
+def _jvp_by_reverse(
+    function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """The same for compilers, which cannot follow forward mode where a size is a variable.
+
+    J u is the derivative of w ↦ Jᵀ w, which is linear in w, pulled back along u.
+    """
+    value = function(*at)
+
+    def pulled(w: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(function, *at)[1](w)  # type: ignore[misc]
+
+    _, push = torch.func.vjp(pulled, torch.zeros_like(value))  # type: ignore[misc]
+    return value, push(along)[0]
 
 
 def refuse_coupling(field: Field, t: Tensor, x: Tensor, context: Tensor | None) -> None:

@@ -197,6 +197,16 @@ def test_a_training_step_waits_for_its_ways_ends(gradient, events, monkeypatch):
     assert ways == (2 if gradient == "adjoint" else 1)
 
 
+@pytest.mark.parametrize("first", [4, 5, 6])
+def test_no_number_of_samples_makes_code_for_itself_alone(first, events):
+    flow = cnf.ffjord(3, hidden=(4,), solver=Solver(gradient="checkpoint", compile="eager"))
+    x = torch.randn(12, 3)
+    flow.log_prob(x[:first]).sum().backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        flow.log_prob(x).sum().backward()
+    assert events.count("arrived") == 2
+
+
 def test_large_states_are_kept_and_few_checkpoints_are_walked(events, monkeypatch):
     monkeypatch.setattr(compiled, "LARGE", 3)
     solver = Solver("bosh3", gradient="checkpoint", compile="eager")

@@ -234,6 +234,31 @@ def test_a_flow_goes_both_ways_in_loops(method, options, divergence, monkeypatch
         assert (mine[2].forward, mine[2].backward) == (theirs[2].forward, theirs[2].backward)
 
 
+# as many as features, as numbers that the code is told, as steps
+@pytest.mark.parametrize("first", [3, 7, None])
+@pytest.mark.parametrize("gradient", ["adjoint", "checkpoint"])
+def test_no_number_of_samples_makes_code_for_itself_alone(gradient, first, monkeypatch):
+    torch.manual_seed(0)
+    ways = looped(monkeypatch)
+    solver = Solver(rtol=1e-3, atol=1e-3, gradient=gradient)
+    flow, x = cnf.ffjord(3, hidden=(4,), solver=solver), torch.randn(30, 3)
+    with torch.no_grad():
+        for parameter in flow.transform.field.parameters():
+            parameter.mul_(6)
+
+    def steps(rows):
+        with torch.no_grad(), count_nfe() as nfe:
+            flow.log_prob(x[:rows])
+        return nfe.accepted
+
+    first = first or next(rows for rows in range(2, 30) if steps(rows) == rows)
+    flow.transform.solver = dataclasses.replace(solver, compile="eager")
+    flow.log_prob(x[:first]).sum().backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        flow.log_prob(x).sum().backward()
+    assert ways == 2 * ["arrive", "arrive" if gradient == "adjoint" else "retrace"]
+
+
 def test_few_checkpoints_and_large_states_are_walked(monkeypatch):
     ways = looped(monkeypatch)
     solver = Solver("bosh3", gradient="checkpoint", checkpoints=4, compile="eager")

@@ -143,6 +143,7 @@ class CompiledSteps:
         most = self.solver.max_steps - watch.accepted - watch.rejected
         smallest = watch.smallest(max(map(abs, points)))
         room = y.new_empty(ROOM if keep else 0, len(y))
+        torch._dynamo.mark_static(room, 0)
         steps: list[Step] = []
         kept: list[Tensor] = []
         after, slopes, size, good, bad = y, None, 0.0, 0, 0
@@ -154,7 +155,7 @@ class CompiledSteps:
             look = self._look(time, after, looped=True)
             try:
                 after, slope, found, states, passed = self.code.arrive(
-                    look, self.looped, numbers, self._parts(after), slopes, room
+                    look, self.looped, numbers, self._apart(after), slopes, room
                 )
             except CompilationError:
                 self._refuse("arrive")
@@ -163,7 +164,7 @@ class CompiledSteps:
             if time != end and not (keep and accepted == ROOM):
                 return None
             count = int(accepted)
-            good, bad, slopes = good + count, bad + int(rejected), self._parts(slope)
+            good, bad, slopes = good + count, bad + int(rejected), self._apart(slope)
             if keep:
                 kept += states[:count].clone().unbind()
                 steps += [Step(*row) for row in passed[:count].tolist()]
@@ -224,9 +225,11 @@ class CompiledSteps:
         """
         watch, count = self.watch, len(path.steps)
         kept = torch.stack([path.kept[index] for index in range(count)])
+        states = tuple(part.contiguous() for part in self._parts(kept))
         passed = torch.tensor(path.steps, dtype=torch.float64)
+        torch._dynamo.mark_static(passed, 1)
         look = self._look(path.steps[0].time, kept[0], looped=True)
-        states, adjoints = self._parts(kept), self._parts(gradient[1])
+        adjoints = self._apart(gradient[1])
         try:
             adjoint, sums = self.code.retrace(
                 look, self.looped, self.velocity.swap, passed, states, adjoints, tuple(tracked)
@@ -263,6 +266,10 @@ class CompiledSteps:
 
     def _parts(self, flat: Tensor) -> State:
         return cut(flat, self.sizes, self.shapes)
+
+    def _apart(self, flat: Tensor) -> State:
+        """The parts, without places in memory that code would be told of at every call."""
+        return tuple(part.clone() if part.storage_offset() else part for part in self._parts(flat))
 
     def _look(self, time: float, y: Tensor, looped: bool = False) -> Callable[[], None]:
         def look() -> None:

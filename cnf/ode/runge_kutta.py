@@ -23,7 +23,8 @@ class Tableau(NamedTuple):
     """A Runge-Kutta method as numbers.
 
     Attributes:
-        order: what step control divides by.
+        order: what step control divides by; no integer, which a compiler would take for one that
+            may vary.
         nodes: c, the places of the stages in the step; the first is 0.
         stages: A, the row of each stage.
         weights: b, what the stages add to the solution.
@@ -31,7 +32,7 @@ class Tableau(NamedTuple):
         middle: what they add to the state in the middle of the step; empty on a fixed grid.
     """
 
-    order: int
+    order: float
     nodes: tuple[float, ...]
     stages: tuple[tuple[float, ...], ...]
     weights: tuple[float, ...]
@@ -51,14 +52,14 @@ class Tableau(NamedTuple):
 
 _THIRD = 1 / 3
 _FIXED_TABLEAUX = {
-    "euler": Tableau(1, (0.0,), ((),), (1.0,)),
-    "midpoint": Tableau(2, (0.0, 0.5), ((), (0.5,)), (0.0, 1.0)),
-    "heun2": Tableau(2, (0.0, 1.0), ((), (1.0,)), (0.5, 0.5)),
+    "euler": Tableau(1.0, (0.0,), ((),), (1.0,)),
+    "midpoint": Tableau(2.0, (0.0, 0.5), ((), (0.5,)), (0.0, 1.0)),
+    "heun2": Tableau(2.0, (0.0, 1.0), ((), (1.0,)), (0.5, 0.5)),
     "heun3": Tableau(
-        3, (0.0, _THIRD, 2 * _THIRD), ((), (_THIRD,), (0.0, 2 * _THIRD)), (0.25, 0.0, 0.75)
+        3.0, (0.0, _THIRD, 2 * _THIRD), ((), (_THIRD,), (0.0, 2 * _THIRD)), (0.25, 0.0, 0.75)
     ),
     "rk4": Tableau(
-        4,
+        4.0,
         (0.0, _THIRD, 2 * _THIRD, 1.0),
         ((), (_THIRD,), (-_THIRD, 1.0), (1.0, -1.0, 1.0)),
         (0.125, 0.375, 0.375, 0.125),
@@ -73,7 +74,7 @@ def tableau(method: str) -> Tableau:
         return _FIXED_TABLEAUX[method]
     table = SOLVERS[method].tableau
     return Tableau(
-        SOLVERS[method].order,
+        float(SOLVERS[method].order),
         (0.0, *table.alpha.tolist()),
         ((), *[tuple(row.tolist()) for row in table.beta]),
         tuple(table.c_sol.tolist()),
@@ -213,7 +214,7 @@ def first_guess(value: Tensor, change: Tensor) -> Tensor:
     return torch.where((value < 1e-5) | (change < 1e-5), 1e-6, 0.01 * value / change)
 
 
-def first_size(guess: Tensor, change: Tensor, bend: Tensor, order: int) -> Tensor:
+def first_size(guess: Tensor, change: Tensor, bend: Tensor, order: float) -> Tensor:
     """The first step's size from the guess and the norms of y' and of how it changes over it.
 
     Hairer's estimate is so cautious that the step it leads to ends with an error a thousand times

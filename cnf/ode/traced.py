@@ -191,7 +191,7 @@ def retrace(
         spec: what is compiled.
         swap: gives its right-hand sides with other tensors in place of ``tracked``.
         passed: the time and the size of each step, ``(steps, 2)``, in float64.
-        kept: the parts of the state before each, ``(steps, *shape)``.
+        kept: the parts of the state before each, ``(steps, *shape)``, each in memory of its own.
         adjoints: of the parts at the end.
         tracked: what else to differentiate by.
 
@@ -199,7 +199,6 @@ def retrace(
         The gradients of the state at the start, flat, and of ``tracked``.
     """
     count, dtype = len(kept), kept[0].dtype
-    kept = tuple(map(_own, kept))
 
     def going(index: Tensor, *_: Tensor) -> Tensor:
         return index >= 0
@@ -210,7 +209,9 @@ def retrace(
 
         def after(state: State, numbers: State) -> State:
             rhs, alone = swap(numbers)
-            swapped = spec._replace(rhs=rhs, alone=None if spec.alone is None else alone)
+            proper = None if spec.alone is None else alone
+            # not by ``_replace``, whose number of fields a compiler takes for one that may vary
+            swapped = Spec(rhs, spec.proper, spec.norms, spec.table, proper, spec.inner)
             return _stages(swapped, time, size, state, None)[0]
 
         state = tuple(part.index_select(0, at).squeeze(0) for part in kept)
