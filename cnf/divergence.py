@@ -401,7 +401,7 @@ def _jvp_by_reverse(
     value = function(*at)
 
     def pulled(w: Tensor) -> tuple[Tensor, ...]:
-        return torch.func.vjp(function, *at)[1](w)  # type: ignore[misc]
+        return torch.func.vjp(function, *at)[1](w)
 
     _, push = torch.func.vjp(pulled, torch.zeros_like(value))  # type: ignore[misc]
     return value, push(along)[0]

@@ -497,19 +497,37 @@ class Own(nn.Module):
         return torch.tanh(self.layer(x)) * t * self.speed
 
 
-def test_any_field_may_be_compiled():
-    solver = Solver("midpoint", step_size=0.5, gradient="checkpoint")
-    flow = cnf.Continuous(Own(), solver=solver)
-    x = torch.randn(4, 2)
+@pytest.mark.parametrize(
+    ("solver", "backend", "divergence", "costs"),
+    [
+        (Solver("midpoint", step_size=0.5, gradient="checkpoint"), BACKEND, cnf.Exact(), []),
+        (Solver("bosh3", gradient="checkpoint"), BACKEND, cnf.Hutchinson(probes=2), []),
+        (Solver("bosh3"), "eager", cnf.Exact(), [cnf.DirectionalDerivative()]),
+    ],
+)
+def test_any_field_may_be_compiled(solver, backend, divergence, costs, monkeypatch):
+    torch.manual_seed(0)
+    solver = dataclasses.replace(solver, rtol=1e-3, atol=1e-3)
+    flow = cnf.Continuous(Own(), solver=solver, divergence=divergence).double()
+    x = torch.randn(5, 2, dtype=torch.float64)
+    ways = looped(monkeypatch)
 
-    def observe():
-        value, log_det, _ = flow(x)
-        return [value, log_det, *torch.autograd.grad(log_det.sum(), flow.field.layer.weight)]
+    def observe(rows=5):
+        flow.zero_grad()
+        at = x[:rows].clone().requires_grad_()
+        request = Request(generator=torch.Generator().manual_seed(0), costs=costs)
+        value, log_det, found = flow(at, request=request)
+        (value.square().sum() + log_det.sum() + sum(map(torch.sum, found.values()))).backward()
+        return [value.detach(), log_det.detach(), at.grad, *[p.grad for p in flow.parameters()]]
 
-    wanted = observe()
-    flow.solver = dataclasses.replace(solver, compile=BACKEND)
-    for found, expected in zip(observe(), wanted, strict=True):
-        torch.testing.assert_close(found, expected)
+    wanted = [observe(), observe(3)]
+    flow.solver = dataclasses.replace(solver, compile=backend)
+    found = [observe()]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found.append(observe(3))
+    torch.testing.assert_close(found, wanted, atol=1e-9, rtol=1e-9)
+    there, back = ["arrive"], ["retrace" if solver.gradient == "checkpoint" else "arrive"]
+    assert ways == 2 * ([*there, *back] if solver.method == "bosh3" else back)
 
 
 def test_a_field_that_cannot_be_followed_is_named():
