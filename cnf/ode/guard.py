@@ -97,7 +97,7 @@ class Watch:
         return self.solver.min_step or self.resolution * max(time, self.span / 1000)
 
     def starts(self, state: Tensor, time: float) -> None:
-        """Check what a pass starts from, which only those wait for that wait for every step."""
+        """Check what a pass starts from; on a device, compiled ones look at it when they end."""
         what = "the initial state is"
         if self.solver.compile:
             self._check(state, what, time, None)
