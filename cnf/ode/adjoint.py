@@ -177,6 +177,7 @@ def walk_adjoint(
         path = travel(steps(sources), plainly, flat, span, solver, watch, keep=False)
         flat = path.solution[-1]
         adjoint, grads = flat[size : 2 * size], flat[2 * size :]
-    start = scale * (torch.cat([adjoint, constant]) + gradient[0])
-    pieces = (scale * grads).split([parameter.numel() for parameter in tracked])
+    start, grads = scale * (torch.cat([adjoint, constant]) + gradient[0]), scale * grads
+    watch.arrived([start, grads], points[0], "the gradient is")
+    pieces = grads.split([parameter.numel() for parameter in tracked])
     return start, [piece.view_as(tensor) for piece, tensor in zip(pieces, tracked, strict=True)]

@@ -237,11 +237,16 @@ class CompiledSteps:
         except CompilationError:
             self._refuse("retrace")
             return None
-        if not finite([adjoint, *sums]):
+        start = adjoint + gradient[0]
+        if not finite([start, sums]):
             return None
         watch.nfe += self.spec.recomputed * count
         watch.accepted += count
-        return adjoint + gradient[0], sums
+        pieces = sums.split([tensor.numel() for tensor in tracked])
+        return start, [
+            piece.view_as(tensor).to(tensor.dtype)
+            for piece, tensor in zip(pieces, tracked, strict=True)
+        ]
 
     def _goes_on(self, keep: bool) -> bool:
         """Whether steps are chosen as ``traced`` does it, and kept all or not at all."""
@@ -321,7 +326,10 @@ def travel_back(
             return found
         if steps.loops_back(path):
             steps = plain()
-    return stepper.walk_back(steps, path, gradient, tracked, solver, watch)
+    start, grads = stepper.walk_back(steps, path, gradient, tracked, solver, watch)
+    known = [grad for grad in grads if grad is not None]
+    watch.arrived([start, *known], path.steps[0].time, "the gradient is")
+    return start, grads
 
 
 class Code(NamedTuple):
@@ -333,7 +341,7 @@ class Code(NamedTuple):
     pull: Callable[..., tuple[Tensor, Sequence[Tensor]]]
     attempt: Callable[..., tuple[Tensor, Tensor, Tensor]]
     arrive: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
-    retrace: Callable[..., tuple[Tensor, Sequence[Tensor]]]
+    retrace: Callable[..., tuple[Tensor, Tensor]]
     # whether the last two are for use: uncompiled, or by another backend, torch's loop is not
     loops: bool
     # right-hand sides with steps that do not compile as a loop

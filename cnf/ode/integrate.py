@@ -252,12 +252,10 @@ class Problem:
         try:
             self._check_grid(solver.method)
             with self._settings():
-                start, grads = adjoint.walk_adjoint(
+                return adjoint.walk_adjoint(
                     self.velocity, solution, self.points, gradient, self.tracked, solver, watch,
                     self.in_norm,
                 )  # fmt: skip
-            watch.arrived([start, *grads], self.points[0], "the gradient is")
-            return start, grads
         except (StepUnderflow, TooManySteps) as error:
             if self.solver.fallback is None:
                 raise
@@ -301,14 +299,11 @@ class Problem:
         watch.begin("backward", adaptive=False)
         try:
             with self._settings():
-                start, grads = travel_back(
+                return travel_back(
                     self.steps(), self.plain_steps, path, gradient, self.tracked, self.solver, watch
                 )
-            found = [start, *[grad for grad in grads if grad is not None]]
-            watch.arrived(found, self.points[0], "the gradient is")
         finally:
             watch.finish()
-        return start, grads
 
     def falling_back(self, error: SolverError) -> Problem:
         """The same problem on the fallback's grid, with a warning that says why."""

@@ -184,7 +184,7 @@ def attempt(
 
 def retrace(
     spec: Spec, swap: Swap, passed: Tensor, kept: State, adjoints: State, tracked: State
-) -> tuple[Tensor, Sequence[Tensor]]:
+) -> tuple[Tensor, Tensor]:
     """The way back along steps, as ``stepper.walk_back`` goes.
 
     Args:
@@ -196,7 +196,7 @@ def retrace(
         tracked: what else to differentiate by.
 
     Returns:
-        The gradients of the state at the start, flat, and of ``tracked``.
+        The gradients of the state at the start and of ``tracked``, both flat.
     """
     count, dtype = len(kept), kept[0].dtype
 
@@ -223,7 +223,7 @@ def retrace(
     last = torch.full((), len(passed) - 1, dtype=torch.int64)
     nothing = [torch.zeros_like(part, memory_format=torch.contiguous_format) for part in tracked]
     _, *found = torch.while_loop(going, pulled, (last, *map(_own, adjoints), *nothing))
-    return join(found[:count]), found[count:]
+    return join(found[:count]), join(found[count:])
 
 
 def _own(part: Tensor) -> Tensor:
