@@ -366,18 +366,23 @@ def push(
         return own(t, x, context, tangents)
     x = x.contiguous()  # forward mode writes tangents in the layout of an expanded x and fails
 
-    def along(tangent: Tensor) -> tuple[Tensor, Tensor]:
-        return jvp(lambda x: field(t, x, context), (x,), (tangent,))
+    def at(x: Tensor) -> Tensor:
+        return field(t, x, context)
 
-    # a compiler finds what the passes of single tangents have in common
-    if not torch.compiler.is_compiling():
-        try:
-            return torch.func.vmap(along, out_dims=(None, 0))(tangents)  # type: ignore[arg-type]
-        except (RuntimeError, ValueError) as error:
-            if "vmap" not in str(error) and "atching rule" not in str(error):
-                raise
-    # of a copy, because a compiler takes what it is given apart outside of the loop that it is in
-    pairs = [along(tangent) for tangent in tangents.clone()]
+    if torch.compiler.is_compiling():
+        velocity, product = _linearized(at, (x,))
+        # of a copy: a compiler takes what it is given apart outside of the loop that it is in
+        return velocity, torch.stack([product((tangent,)) for tangent in tangents.clone()])
+
+    def along(tangent: Tensor) -> tuple[Tensor, Tensor]:
+        return jvp(at, (x,), (tangent,))
+
+    try:
+        return torch.func.vmap(along, out_dims=(None, 0))(tangents)  # type: ignore[arg-type]
+    except (RuntimeError, ValueError) as error:
+        if "vmap" not in str(error) and "atching rule" not in str(error):
+            raise
+    pairs = [along(tangent) for tangent in tangents]
     return pairs[0][0], torch.stack([product for _, product in pairs])
 
 
@@ -386,17 +391,19 @@ def jvp(
 ) -> tuple[Tensor, Tensor]:
     """A function's value and its derivative along a direction, in one forward-mode pass."""
     if torch.compiler.is_compiling():
-        return _jvp_by_reverse(function, at, along)
+        value, product = _linearized(function, at)
+        return value, product(along)
     value, derivative, *_ = torch.func.jvp(function, at, along)
     return value, derivative
 
 
-def _jvp_by_reverse(
-    function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor]:
-    """The same for compilers, which cannot follow forward mode where a size is a variable.
+def _linearized(
+    function: Callable[..., Tensor], at: tuple[Tensor, ...]
+) -> tuple[Tensor, Callable[[tuple[Tensor, ...]], Tensor]]:
+    """A function's value and its derivatives along directions, in reverse mode.
 
-    J u is the derivative of w ↦ Jᵀ w, which is linear in w, pulled back along u.
+    For compilers, which cannot follow forward mode where a size is a variable. J u is the
+    derivative of w ↦ Jᵀ w, which is linear in w, pulled back along u.
     """
     value = function(*at)
 
@@ -404,7 +411,7 @@ def _jvp_by_reverse(
         return torch.func.vjp(function, *at)[1](w)
 
     _, push = torch.func.vjp(pulled, torch.zeros_like(value))  # type: ignore[misc]
-    return value, push(along)[0]
+    return value, lambda along: push(along)[0]
 
 
 def refuse_coupling(field: Field, t: Tensor, x: Tensor, context: Tensor | None) -> None:
