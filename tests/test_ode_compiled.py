@@ -185,6 +185,26 @@ def test_without_a_swap_the_way_back_is_walked(gradient, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"gradient": "adjoint"}, ["arrive", "arrive"]),
+        ({"gradient": "checkpoint"}, ["arrive", "retrace"]),
+        ({"gradient": "checkpoint", "checkpoints": 3}, []),
+    ],
+)
+def test_a_field_that_is_not_trained_has_gradients_by_points(options, expected, monkeypatch):
+    plain = Solver("bosh3", rtol=1e-3, atol=1e-3, **options)
+    flow = cnf.ffjord(2, hidden=(4,), solver=plain).double().requires_grad_(False)
+    x = torch.randn(7, 2, dtype=torch.float64, requires_grad=True)
+    (wanted,) = torch.autograd.grad(flow.log_prob(x).sum(), x)
+    ways = looped(monkeypatch)
+    flow.transform.solver = dataclasses.replace(plain, compile=BACKEND)
+    (found,) = torch.autograd.grad(flow.log_prob(x).sum(), x)
+    assert ways == expected
+    torch.testing.assert_close(found, wanted, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
     ("method", "options", "divergence"),
     [
         ("dopri5", {"gradient": "checkpoint", "norm": "batch"}, cnf.Exact()),

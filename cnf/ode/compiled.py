@@ -95,15 +95,27 @@ class CompiledSteps:
 
     def pull(
         self, step: Step, y: Tensor, adjoint: Tensor, tracked: Sequence[Tensor]
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        """The products of the adjoint at a step's end and its derivatives."""
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """The products of the adjoint at a step's end and its derivatives, by ``tracked`` flat."""
         self.watch.nfe += self.spec.recomputed
         numbers = self._numbers(y, *step)
         # here, because not every compiler follows ``requires_grad_``
         state = tuple(part.detach().requires_grad_() for part in self._parts(y))
         adjoints = self._parts(adjoint)
         look = self._look(step.time, y)
-        return self.code.pull(look, self.spec, numbers, state, adjoints, tuple(tracked))
+        found = self.code.pull(look, self.spec, numbers, state, adjoints, tuple(tracked))
+        return found[: len(y)].to(y.dtype), [found[len(y) :]]
+
+    def gradients(
+        self, sums: Sequence[Tensor | None], tracked: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """The gradients of ``tracked`` in a sum of flat ones."""
+        sizes = [tensor.numel() for tensor in tracked]
+        pieces = [piece for flat in sums if flat is not None for piece in flat.split(sizes)]
+        return [
+            piece.view_as(tensor).to(tensor.dtype)
+            for piece, tensor in zip(pieces, tracked, strict=True)
+        ]
 
     def loops(self, y: Tensor, points: Sequence[float], keep: bool) -> bool:
         """Whether all steps between two times can be one piece of code.
@@ -217,7 +229,7 @@ class CompiledSteps:
 
     def retrace(
         self, path: Path, gradient: Tensor, tracked: Sequence[Tensor]
-    ) -> tuple[Tensor, Sequence[Tensor]] | None:
+    ) -> tuple[Tensor, Sequence[Tensor | None]] | None:
         """The gradients of the initial state and of ``tracked``, by the way back along a path.
 
         None where they are not finite, which steps that are walked tell of, or where the loop does
@@ -231,22 +243,19 @@ class CompiledSteps:
         look = self._look(path.steps[0].time, kept[0], looped=True)
         adjoints = self._apart(gradient[1])
         try:
-            adjoint, sums = self.code.retrace(
+            found = self.code.retrace(
                 look, self.looped, self.velocity.swap, passed, states, adjoints, tuple(tracked)
             )
         except CompilationError:
             self._refuse("retrace")
             return None
-        start = adjoint + gradient[0]
-        if not finite([start, sums]):
+        if not finite(found):
             return None
         watch.nfe += self.spec.recomputed * count
         watch.accepted += count
-        pieces = sums.split([tensor.numel() for tensor in tracked])
-        return start, [
-            piece.view_as(tensor).to(tensor.dtype)
-            for piece, tensor in zip(pieces, tracked, strict=True)
-        ]
+        size = len(gradient[0])
+        start = found[:size].to(gradient.dtype) + gradient[0]
+        return start, self.gradients([found[size:]], tracked)
 
     def _goes_on(self, keep: bool) -> bool:
         """Whether steps are chosen as ``traced`` does it, and kept all or not at all."""
@@ -338,10 +347,10 @@ class Code(NamedTuple):
     begin: Callable[..., tuple[Tensor, Tensor]]
     trial: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor]]
     step: Callable[..., Tensor]
-    pull: Callable[..., tuple[Tensor, Sequence[Tensor]]]
+    pull: Callable[..., Tensor]
     attempt: Callable[..., tuple[Tensor, Tensor, Tensor]]
     arrive: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
-    retrace: Callable[..., tuple[Tensor, Tensor]]
+    retrace: Callable[..., Tensor]
     # whether the last two are for use: uncompiled, or by another backend, torch's loop is not
     loops: bool
     # right-hand sides with steps that do not compile as a loop

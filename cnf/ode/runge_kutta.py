@@ -123,8 +123,13 @@ class Steps(Protocol):
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         """The products of the adjoint at a step's end and its derivatives by y and by ``tracked``.
 
-        None stands for what the step does not use.
+        The latter are to be summed over steps; None stands for what a step does not use.
         """
+
+    def gradients(
+        self, sums: Sequence[Tensor | None], tracked: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """The gradients of ``tracked`` in sums of what ``pull`` gave."""
 
 
 class PlainSteps:
@@ -181,6 +186,12 @@ class PlainSteps:
             after, (start, *tracked), adjoint, allow_unused=True, retain_graph=True
         )
         return found[0], found[1:]
+
+    def gradients(
+        self, sums: Sequence[Tensor | None], tracked: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """The sums themselves."""
+        return sums
 
     def _steering(self, slope: Tensor) -> Tensor:
         """What of a derivative the first step's size depends on."""

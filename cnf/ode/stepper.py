@@ -151,7 +151,7 @@ def walk_back(
     parameters: Sequence[Tensor],
     solver: Solver,
     watch: Watch,
-) -> tuple[Tensor, list[Tensor | None]]:
+) -> tuple[Tensor, Sequence[Tensor | None]]:
     """Differentiate a walk, recomputing one step at a time from its end.
 
     Args:
@@ -167,7 +167,7 @@ def walk_back(
     """
     arriving = dict(zip(path.arrivals, gradient, strict=True))
     adjoint = torch.zeros_like(gradient[0])
-    sums: list[Tensor | None] = [None for _ in parameters]
+    sums: Sequence[Tensor | None] = []
     index = len(path.steps)
     for state in _states_backwards(taken, path, solver.checkpoints):
         if index in arriving:
@@ -176,10 +176,12 @@ def walk_back(
         step = path.steps[index]
         watch.step(step.time, (state, adjoint), abs(step.size))
         adjoint, terms = taken.pull(step, state, adjoint, parameters)
-        for i, term in enumerate(terms):
-            known = sums[i]
-            sums[i] = known if term is None else term if known is None else known + term
-    return adjoint + arriving[0], sums
+        sums = [*map(_sum, sums, terms)] if sums else terms
+    return adjoint + arriving[0], taken.gradients(sums, parameters)
+
+
+def _sum(known: Tensor | None, term: Tensor | None) -> Tensor | None:
+    return known if term is None else term if known is None else known + term
 
 
 def _states_backwards(taken: Steps, path: Path, checkpoints: int | None) -> Iterator[Tensor]:
