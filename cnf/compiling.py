@@ -18,15 +18,6 @@ T = TypeVar("T")
 
 # a loop's body is part of what torch's cache on disk goes by, but has to be said to be
 CACHED = {"torch.ops.higher_order.while_loop": torch.__version__}
-# how torch's compiler calls what nobody replaces while a program runs: the functions and tables of
-# this package, of torch and of Python
-SETTLED = (
-    "G['__import_cnf_dot_",
-    "G['__import_torch_dot_",
-    "G['torch']",
-    "G['__builtins_dict",
-    "__import__('torch')",
-)
 # modes that take CUDA graphs, where there is CUDA
 GRAPHED = ("reduce-overhead", "max-autotune")
 
@@ -137,14 +128,11 @@ def _options(backend: str, mode: str | None, native: bool) -> dict[str, Any]:
 
 
 def _changeable(guards: Sequence[Any]) -> list[bool]:
-    """Which guards are worth a look at every call: hundreds are of what is ``SETTLED``.
+    """Which guards are worth a look at every call: not those of what this package's modules hold.
 
-    Hooks around all modules are kept with torch's functions, and may come and go.
+    The names of its functions alone are a hundred.
     """
-    return [
-        "_hooks" in guard.name or not any(root in guard.name for root in SETTLED)
-        for guard in guards
-    ]
+    return [not guard.name.startswith("G['__import_cnf_dot_") for guard in guards]
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from cnf.ode import (
     count_nfe,
     guard,
     integrate,
+    stepper,
     traced,
     transfer,
 )
@@ -174,6 +175,23 @@ def test_a_training_step_waits_for_its_ways_ends(gradient, events, monkeypatch):
     assert events.count("look") <= events.count("attempt") + 2
     assert events[0] == "attempt"
     assert ways == (2 if gradient == "adjoint" else 1)
+
+
+def test_steps_back_add_up_one_tensor(events, monkeypatch):
+    added, add = [], stepper._sum
+
+    def adding(known, term):
+        added.append(term)
+        return add(known, term)
+
+    monkeypatch.setattr(stepper, "_sum", adding)
+    flow = cnf.ffjord(
+        2, hidden=(4,), solver=Solver("bosh3", gradient="checkpoint", compile=BACKEND)
+    )
+    with count_nfe() as nfe:
+        flow.log_prob(torch.randn(5, 2)).sum().backward()
+    assert len([*flow.parameters()]) > 3
+    assert len(added) == nfe.accepted // 2 - 1 > 0  # half of the steps are those back
 
 
 @pytest.mark.parametrize("first", [4, 5, 6])

@@ -77,9 +77,7 @@ def step(spec: Spec, numbers: Tensor, state: State) -> Tensor:
     return join(_stages(spec, time, size, state, None)[0])
 
 
-def pull(
-    spec: Spec, numbers: Tensor, state: State, adjoints: State, tracked: State
-) -> Tensor:
+def pull(spec: Spec, numbers: Tensor, state: State, adjoints: State, tracked: State) -> Tensor:
     """The products of the adjoint at a step's end and its derivatives; zero for what is unused.
 
     All of the state requires grad. Flat, the state's and then those of ``tracked``, which takes
