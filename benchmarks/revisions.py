@@ -40,11 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    revisions = [_named(revision) for revision in options.revisions]
     tables = []
     with tempfile.TemporaryDirectory() as folder:
         places = {"this checkout": HERE}
-        for revision in revisions:
+        for revision in dict.fromkeys(map(_named, options.revisions)):
             places[revision] = _unpacked(revision, Path(folder) / revision)
         for batch in options.batches:
             chosen = options.gradient, batch, options.probes, options.threads

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cnf
-from benchmarks import continuous, harness, reference, rnode
+from benchmarks import continuous, harness, reference, revisions, rnode
 
 
 def test_a_race_ranks_by_time():
@@ -204,3 +204,13 @@ def test_weights_are_chosen_by_the_validation_points_alone():
     ]
     rnode.mark(rows)
     assert [row[""] for row in rows if row["chosen"]] == ["strong"]
+
+
+def test_revisions_are_compared_by_their_middle_processes(capfd):
+    found = dict(
+        zip([(name, i) for name in ("new", "old") for i in range(3)], range(1, 7), strict=True)
+    )
+    rows = list(revisions._rows(found, ["new", "old"]))
+    assert [(row["ms"], row["speedup"]) for row in rows] == [(2, 2.5), (5, 1.0)]
+    with pytest.raises(SystemExit, match="git does not know this revision"):
+        revisions._named("no-such-revision")

@@ -110,12 +110,9 @@ class CompiledSteps:
         self, sums: Sequence[Tensor | None], tracked: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
         """The gradients of ``tracked`` in a sum of flat ones."""
-        sizes = [tensor.numel() for tensor in tracked]
-        pieces = [piece for flat in sums if flat is not None for piece in flat.split(sizes)]
-        return [
-            piece.view_as(tensor).to(tensor.dtype)
-            for piece, tensor in zip(pieces, tracked, strict=True)
-        ]
+        sizes, shapes = [tensor.numel() for tensor in tracked], [tensor.shape for tensor in tracked]
+        pieces = [piece for flat in sums if flat is not None for piece in cut(flat, sizes, shapes)]
+        return [piece.to(tensor.dtype) for piece, tensor in zip(pieces, tracked, strict=True)]
 
     def loops(self, y: Tensor, points: Sequence[float], keep: bool) -> bool:
         """Whether all steps between two times can be one piece of code.
