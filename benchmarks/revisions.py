@@ -45,22 +45,22 @@ def run(options: argparse.Namespace) -> None:
         places = {"this checkout": HERE}
         for revision in dict.fromkeys(map(_named, options.revisions)):
             places[revision] = _unpacked(revision, Path(folder) / revision)
+        alike = options.probes, options.threads
+        for place in places.values():
+            # for all batches; a process that has compiled is slower than one that finds its code
+            Trained(place, options.gradient, options.batches[0], *alike).close()
         for batch in options.batches:
-            chosen = options.gradient, batch, options.probes, options.threads
-            for place in places.values():
-                # a process that has compiled is slower than one that finds its code
-                Trained(place, *chosen).close()
-            entrants = {
-                (name, i): Trained(place, *chosen)
-                for i in range(options.processes)
+            entrants = [
+                (name, Trained(place, options.gradient, batch, *alike))
+                for _ in range(options.processes)
                 for name, place in places.items()
-            }
-            named = {f"{name} {i}": entrant for (name, i), entrant in entrants.items()}
+            ]
             rounds = harness.ROUNDS[options.effort]
-            times = [row.ms for row in harness.race(named, next(iter(named)), rounds)]
-            for entrant in entrants.values():
+            calls = {str(i): entrant for i, (_, entrant) in enumerate(entrants)}
+            rows = harness.race(calls, "0", rounds)
+            for _, entrant in entrants:
                 entrant.close()
-            found = dict(zip(entrants, times, strict=True))
+            found = [(name, row.ms) for (name, _), row in zip(entrants, rows, strict=True)]
             trace = "one probe" if options.probes else "exact divergence"
             title = f"Likelihood training step, {options.gradient}, {trace}, batch {batch}"
             note = f"{options.processes} processes of each, {rounds} rounds."
@@ -111,12 +111,12 @@ class Trained:
         self.process.wait()
 
 
-def _rows(found: dict[tuple[str, int], float], names: list[str]) -> Iterator[dict[str, Any]]:
+def _rows(found: list[tuple[str, float]], names: list[str]) -> Iterator[dict[str, Any]]:
     """A row for each name, from milliseconds of its processes; the last is what all compare with.
 
     Processes of the same code differ by some percent, by where their memory happens to lie.
     """
-    times = {name: [ms for (of, _), ms in found.items() if of == name] for name in names}
+    times = {name: [ms for of, ms in found if of == name] for name in names}
     for name, own in times.items():
         middle = statistics.median(own)
         yield {
@@ -133,16 +133,13 @@ def serve() -> None:
 
     import torch
 
-    import cnf
     from benchmarks.continuous import cnf_modes, ours, trained
 
     gradient, batch, probes, threads = sys.argv[1], *map(int, sys.argv[2:])
     torch.set_num_threads(threads)
     field, data = trained(2)
-    x, probe = data[:batch], None
-    if probes:
-        generator = torch.Generator().manual_seed(0)
-        probe = cnf.Hutchinson().draw(field, torch.ones(()), x, None, generator)[0]
+    x = data[:batch]
+    probe = torch.ones_like(x) if probes else None  # that there is one: the step draws its own
     step = ours(field, x, probe, cnf_modes()[f"{gradient}, compiled"])
     step.call()
     print("ready", flush=True)

@@ -207,9 +207,7 @@ def test_weights_are_chosen_by_the_validation_points_alone():
 
 
 def test_revisions_are_compared_by_their_middle_processes(capfd):
-    found = dict(
-        zip([(name, i) for name in ("new", "old") for i in range(3)], range(1, 7), strict=True)
-    )
+    found = list(zip(3 * ["new"] + 3 * ["old"], range(1, 7), strict=True))
     rows = list(revisions._rows(found, ["new", "old"]))
     assert [(row["ms"], row["speedup"]) for row in rows] == [(2, 2.5), (5, 1.0)]
     with pytest.raises(SystemExit, match="git does not know this revision"):

@@ -97,7 +97,8 @@ def test_attempts_ahead_are_those_that_are_walked(method, options, divergence, e
     spent = sum(nfe for *_, nfe in found) - sum(nfe for *_, nfe in wanted)
     in_vain = events.count("attempt") - tried
     assert 0 <= in_vain <= 4
-    assert (spent > 0) == (in_vain > 0)  # they count, too
+    assert spent >= in_vain  # they count, too
+    assert (spent > 0) == (in_vain > 0)
 
 
 @pytest.mark.parametrize(

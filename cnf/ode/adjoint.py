@@ -119,7 +119,7 @@ def walk_adjoint(
     solver: Solver,
     watch: Watch,
     in_norm: Sequence[bool],
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, State]:
     """Solve back from the last time to the first.
 
     Args:
@@ -179,5 +179,5 @@ def walk_adjoint(
         adjoint, grads = flat[size : 2 * size], flat[2 * size :]
     start, grads = scale * (torch.cat([adjoint, constant]) + gradient[0]), scale * grads
     watch.arrived([start, grads], points[0], "the gradient is")
-    pieces = grads.split([parameter.numel() for parameter in tracked])
-    return start, [piece.view_as(tensor) for piece, tensor in zip(pieces, tracked, strict=True)]
+    sizes, shapes = [tensor.numel() for tensor in tracked], [tensor.shape for tensor in tracked]
+    return start, cut(grads, sizes, shapes)
