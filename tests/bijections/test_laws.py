@@ -32,6 +32,7 @@ from cnf.bijections import (
     SumOfSquares,
     Tanh,
     UnconstrainedMonotone,
+    rational_quadratic,
 )
 from cnf.registry import decode, encode
 
@@ -348,3 +349,27 @@ def test_numeric_inverse_under_forward_mode_and_inference():
     with torch.inference_mode():
         _, log_derivative = polynomial.inverse(value, parameters)
     torch.testing.assert_close(slope.log(), log_derivative, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("shape", [(700, 4), (2800,)], ids=["parameters of each", "shared"])
+@pytest.mark.parametrize("form", ["softplus", "nflows", "zuko"])
+@pytest.mark.parametrize("tails", TAILS)
+def test_many_points_go_through_a_spline_as_few_do(tails, form, shape, backward, monkeypatch):
+    spline = RationalQuadratic(bins=5, bound=3.0, tails=tails, form=form)
+    like = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64}
+    places = torch.rand(2 if shape == (2800,) else 1, *shape, **like)
+    raw = torch.randn(*shape, spline.size, **like)
+    weights = torch.randn(2, *places.shape, **like)
+    assert raw[..., :10].numel() >= rational_quadratic.MANY
+
+    def found():
+        x = (6 * places - 3).requires_grad_()
+        parameters = raw.clone().requires_grad_()
+        results = (spline.inverse if backward else spline.forward)(x, parameters)
+        total = sum((part * weight).sum() for part, weight in zip(results, weights, strict=True))
+        return *results, *torch.autograd.grad(total, (x, parameters))
+
+    many = found()
+    monkeypatch.setattr(rational_quadratic, "MANY", math.inf)
+    torch.testing.assert_close(many, found(), rtol=1e-9, atol=1e-11)
