@@ -27,6 +27,7 @@ COMMANDS = {
     "roundtrip": "x to z and back through every model after fitting moons",
     "tanh": "the activation of continuous flows, beside a product",
     "products": "a layer of few inputs, by torch's products and by ours",
+    "breakdown": "what the time of compiled steps and samples goes to",
     "revisions": "a compiled training step of this checkout beside other revisions'",
     "table": "fit, score and sample a CSV of 5,000 x 6",
 }

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import cnf
-from benchmarks import continuous, harness, reference, revisions, rnode
+from benchmarks import breakdown, continuous, harness, reference, revisions, rnode
+from cnf import compiling
 
 
 def test_a_race_ranks_by_time():
@@ -212,3 +213,19 @@ def test_revisions_are_compared_by_their_middle_processes(capfd):
     assert [(row["ms"], row["speedup"]) for row in rows] == [(2, 2.5), (5, 1.0)]
     with pytest.raises(SystemExit, match="git does not know this revision"):
         revisions._named("no-such-revision")
+
+
+def test_what_is_not_spent_in_compiled_code_is_the_rest():
+    run = compiling.compiled(lambda x: (x @ x).sin(), whole=True, native=True)
+    x = torch.randn(300, 300)
+    run(x)
+
+    def call():
+        run(x)
+        time.sleep(0.02)
+
+    (row,) = breakdown.rows("kind", {"pass": call}, rounds=3)
+    assert row[""] == "kind, pass"
+    assert 0 < row["code"] < row["ms"] - 20
+    assert row["rest"] == row["ms"] - row["code"]
+    assert breakdown.in_code(lambda: x @ x) == 0
