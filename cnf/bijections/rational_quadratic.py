@@ -91,24 +91,25 @@ class RationalQuadratic(Spline):
         bins = self.bins
         raw, slopes = parameters.split([2 * bins, self.size - 2 * bins], -1)
         raw, axis, kind = _laid_out(raw.unflatten(-1, (2, bins)), place.dim())
+        least = 2 * self.bound * self.min_width, 2 * self.bound * self.min_height
         if self.form == "zuko":
             raw = soft_bound(raw, -math.log(self.min_slope) / 2, "softclip")
-            minimum = raw.new_zeros(_shape(raw.dim(), kind, 2))
-        else:
+            least = 0.0, 0.0
+        minimum: float | Tensor = least[0]
+        if least[0] != least[1]:
             rows = torch.arange(2, dtype=raw.dtype, device=raw.device)
             rows = rows.view(_shape(raw.dim(), kind, 2))
-            minimum = self.min_width + rows * (self.min_height - self.min_width)
-            minimum = 2 * self.bound * minimum
+            minimum = least[0] + rows * (least[1] - least[0])
         # a softmax whose sums and quotients are taken for one bin only
         powers = torch.exp(raw - raw.detach().amax(axis, keepdim=True))
         sums = torch.cumsum(powers, axis)
         share = (2 * self.bound - bins * minimum) / sums.narrow(axis, bins - 1, 1)
         with torch.no_grad():
             row = 1 if backward else 0
-            inner = torch.arange(1, bins, device=raw.device)
-            inner = inner.view(_shape(raw.dim() - 1, axis, bins - 1)) * minimum.select(kind, row)
+            inner = torch.arange(1, bins, dtype=raw.dtype, device=raw.device) * least[row]
+            inner = (inner - self.bound).view(_shape(raw.dim() - 1, axis, bins - 1))
             knots = sums.select(kind, row).narrow(axis, 0, bins - 1) * share.select(kind, row)
-            index = (place.unsqueeze(axis) >= knots + (inner - self.bound)).sum(axis)
+            index = (place.unsqueeze(axis) >= knots + inner).sum(axis)
         ends = torch.stack([index, index + 1], -1)
         index = index.unsqueeze(axis).unsqueeze(kind)
         sizes = list(index.shape)
@@ -118,7 +119,7 @@ class RationalQuadratic(Spline):
         power = powers.expand(sizes).gather(axis, wide)
         below = (sums.expand(sizes).gather(axis, wide) - power) * share
         # without the bins, widths and heights lie along their axis
-        edges = (below + (index * minimum - self.bound)).squeeze(axis).unbind(axis)
+        edges = (below + (index.to(raw.dtype) * minimum - self.bound)).squeeze(axis).unbind(axis)
         lengths = (power * share + minimum).squeeze(axis).unbind(axis)
         start, end = self._slopes(slopes, ends).unbind(-1)
         return (edges[0], lengths[0]), (edges[1], lengths[1]), (start, end)
