@@ -15,7 +15,7 @@ from cnf.bijections.intervals import Spline
 from cnf.registry import record
 
 FORMS = ("softplus", "nflows", "zuko")
-# numbers from which on it takes less time to lay them out otherwise than it saves
+# numbers from which on laying them out anew takes less time than it saves
 MANY = 1 << 14
 
 
