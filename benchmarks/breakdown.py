@@ -21,6 +21,7 @@ from cnf.nets import TimeMLP
 
 # what Inductor calls the function that starts a piece of C++
 ENTRY = "inductor_entry_cpp"
+# how long the calls of a turn take
 SECONDS = 0.3
 
 
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
                 for name, passes in kinds(field, data[:batch])
                 for row in rows(name, passes, rounds)
             ],
-            f"2–64–64–64–2, dopri5 at {TOLERANCE:g}, exact divergence, medians of {rounds} rounds. "
+            f"2–64–64–64–2, dopri5 at {TOLERANCE:g}, exact divergence, medians of calls. "
             "Code is what Inductor made, as Python's profiler times its calls; the rest is Python, "
             "its calls of PyTorch and guards.",
         )
@@ -84,14 +85,10 @@ def rows(
     code: dict[str, list[float]] = {key: [] for key in passes}
     for _ in range(rounds):
         for found, taken in ((whole, timed), (code, in_code)):
-            sums = dict.fromkeys(passes, 0.0)
-            for _ in range(turns):
-                for key, call in passes.items():
-                    sums[key] += taken(call)
-            for key, total in sums.items():
-                found[key].append(1e3 * total / turns)
+            for key, call in turns * list(passes.items()):
+                found[key].append(taken(call))
     for key in passes:
-        ms, own = statistics.median(whole[key]), statistics.median(code[key])
+        ms, own = 1e3 * statistics.median(whole[key]), 1e3 * statistics.median(code[key])
         yield {
             "": f"{name}, {key}" if key else name,
             "ms": ms,
