@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,14 +153,14 @@ def _like(values: Tensor, other: Tensor) -> Tensor:
     return values if values.shape == other.shape else values.expand_as(other)
 
 
-def soft_bound(raw: Tensor, bound: float, form: str = "tanh") -> Tensor:
-    """Squash numbers into (−bound, bound), with slope one at zero.
+def soft_bound(raw: Any, bound: float, form: str = "tanh") -> Any:
+    """Squash numbers into (−bound, bound), with slope one at zero; ``"softclip"`` arrays, too.
 
     >>> soft_bound(torch.tensor([0.0, 3.0, 1e9]), 3.0, "softclip")
     tensor([0.0000, 1.5000, 3.0000])
     """
     if form == "softclip":
-        return raw / (1 + (raw / bound).abs())
+        return raw / (1 + abs(raw / bound))
     return bound * quick_tanh(raw / bound)
 
 

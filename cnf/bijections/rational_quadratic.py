@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
+from cnf.arrays import Array
 from cnf.bijections.affine import soft_bound, unit_softplus_offset
 from cnf.bijections.base import Pair
 from cnf.bijections.intervals import Spline
@@ -83,8 +86,27 @@ class RationalQuadratic(Spline):
         if backward:
             xi, log_slope = _quadratic_root((place - bottom) / height, width, height, start, end)
             return left + width * xi, -log_slope
-        share, log_slope = _rational((place - left) / width, width, height, start, end)
-        return bottom + height * share, log_slope
+        share, slope = _rational((place - left) / width, width, height, start, end)
+        return bottom + height * share, torch.log(slope)
+
+    def forward_array(self, z: Array, parameters: Array) -> tuple[Array, Array]:
+        """The spline, without a gradient, bin by bin, as ``grown`` lays the parameters."""
+        numbers = parameters.transpose(-1, *range(z.ndim)).reshape(self.size, z.size)
+        value, bound = z.reshape(-1), self.bound
+        turns: Array | float = 0.0
+        if self.tails == "circular":
+            turns = np.floor((value + bound) / (2 * bound)) * (2 * bound)
+        place = np.maximum(np.minimum(value - turns, bound), -bound)
+        (left, bottom), (width, height), (start, end) = self._bin_array(place, numbers)
+        share, slope = _rational((place - left) / width, width, height, start, end)
+        x, log_derivative = bottom + height * share, np.log(slope)
+        if self.tails == "circular":
+            x += turns
+        else:
+            outside = ~(np.abs(value) <= bound)  # what is not a number, too
+            np.copyto(x, value, where=outside)
+            np.copyto(log_derivative, 0 if self.tails == "linear" else -np.inf, where=outside)
+        return x.reshape(z.shape), log_derivative.reshape(z.shape)
 
     def _bin(self, place: Tensor, parameters: Tensor, *, backward: bool) -> tuple[Pair, Pair, Pair]:
         """The bin that each place lies in: (left, width), (bottom, height), slopes."""
@@ -124,6 +146,45 @@ class RationalQuadratic(Spline):
         start, end = self._slopes(slopes, ends).unbind(-1)
         return (edges[0], lengths[0]), (edges[1], lengths[1]), (start, end)
 
+    def _bin_array(self, place: Array, numbers: Array) -> tuple[Array, Array, Array]:
+        """(left, bottom), (width, height) and slopes of the bin of each of n places, ``(2, n)``.
+
+        The numbers are ``(size, n)``.
+        """
+        bins, count = self.bins, place.size
+        raw, slopes = numbers[: 2 * bins].reshape(2, bins, count), numbers[2 * bins :]
+        minimum = np.array([[self.min_width], [self.min_height]], raw.dtype) * (2 * self.bound)
+        if self.form == "zuko":
+            raw = soft_bound(raw, -math.log(self.min_slope) / 2, "softclip")
+            minimum *= 0
+        powers = raw - raw.max(1, keepdims=True)
+        np.exp(powers, out=powers)
+        # a product, because NumPy's own cumulative sum goes number by number
+        sums = np.tri(bins, dtype=raw.dtype) @ powers
+        share = (2 * self.bound - bins * minimum) / sums[:, -1]
+        knots = sums[0, :-1] * share[0]
+        knots += (np.arange(1, bins, dtype=raw.dtype) * minimum[0] - self.bound)[:, None]
+        index = (place >= knots).sum(0)
+        at = index * count + np.arange(count)
+        power, total = (table.reshape(2, -1).take(at, 1) for table in (powers, sums))
+        edges = (total - power) * share + (index.astype(raw.dtype) * minimum - self.bound)
+        ends = np.stack([at, at + count])
+        return edges, power * share + minimum, self._slopes_array(slopes, ends)
+
+    def _slopes_array(self, raw: Array, ends: Array) -> Array:
+        """``_slopes`` of numbers ``(free, n)``, at places in the table of all knots."""
+        offset = 0.0 if self.form == "nflows" else unit_softplus_offset(self.min_slope)
+        if self.tails == "circular":
+            raw = np.concatenate([raw, raw[:1]])
+        elif self.tails == "linear":
+            one = np.full_like(raw[:1], unit_softplus_offset(self.min_slope) - offset)
+            raw = np.concatenate([one, raw, one])
+        raw = raw.take(ends)
+        if self.form == "zuko":
+            return np.exp(soft_bound(raw, -math.log(self.min_slope), "softclip"))
+        raw += raw.dtype.type(offset)
+        return np.maximum(raw, 0) + np.log1p(np.exp(-np.abs(raw))) + raw.dtype.type(self.min_slope)
+
     def _slopes(self, raw: Tensor, ends: Tensor) -> Tensor:
         """The slopes at the two ends of a bin, ``(*shape, 2)``."""
         offset = 0.0 if self.form == "nflows" else unit_softplus_offset(self.min_slope)
@@ -159,16 +220,19 @@ def _shape(dims: int, axis: int, size: int) -> list[int]:
     return shape
 
 
-def _rational(xi: Tensor, width: Tensor, height: Tensor, start: Tensor, end: Tensor) -> Pair:
-    """The share of a bin's height at the share ξ of its width, and the log-slope there."""
+def _rational(xi: Any, width: Any, height: Any, start: Any, end: Any) -> tuple[Any, Any]:
+    """The share of a bin's height at the share ξ of its width, and the slope there.
+
+    Of tensors or of arrays.
+    """
     slope = height / width
     start, end = start / slope, end / slope
     rest = 1 - xi
     product = xi * rest
     denominator = 1 + (start + end - 2) * product
     share = xi * (xi + start * rest) / denominator
-    numerator = end * xi.square() + 2 * product + start * rest.square()
-    return share, torch.log(slope * numerator / denominator.square())
+    numerator = end * (xi * xi) + 2 * product + start * (rest * rest)
+    return share, slope * numerator / (denominator * denominator)
 
 
 def _quadratic_root(eta: Tensor, width: Tensor, height: Tensor, start: Tensor, end: Tensor) -> Pair:
@@ -187,4 +251,4 @@ def _quadratic_root(eta: Tensor, width: Tensor, height: Tensor, start: Tensor, e
     above = 2 * eta / torch.where(positive, total, 1.0)
     below = total / (2 - 2 * torch.where(positive, 0.0, middle))
     xi = torch.where(positive, above, below)
-    return xi, _rational(xi, width, height, start, end)[1]
+    return xi, torch.log(_rational(xi, width, height, start, end)[1])
