@@ -104,7 +104,7 @@ class Affine(ScalarMap):
     def forward(self, z: Tensor, parameters: Tensor) -> Pair:
         """z·exp(s) + b."""
         self.check(parameters)
-        shift, raw = _split(parameters)
+        shift, raw = split_parameters(parameters)
         log_scale = self.log_scale(raw)
         x = torch.addcmul(shift, z, torch.exp(log_scale))
         return x, _like(log_scale, x)
@@ -128,13 +128,13 @@ class Affine(ScalarMap):
     def inverse(self, x: Tensor, parameters: Tensor) -> Pair:
         """(x − b)·exp(−s)."""
         self.check(parameters)
-        shift, raw = _split(parameters)
+        shift, raw = split_parameters(parameters)
         log_derivative = self.log_scale(raw, sign=-1)
         z = _times(x - shift, torch.exp(log_derivative))
         return z, _like(log_derivative, z)
 
 
-def _split(parameters: Tensor) -> tuple[Tensor, ...]:
+def split_parameters(parameters: Tensor) -> tuple[Tensor, ...]:
     """Each parameter for itself."""
     # compiled networks keep those of a kind side by side, and so their gradients go back
     together = parameters.dim() > 1 and torch.compiler.is_compiling()

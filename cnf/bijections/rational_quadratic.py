@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,14 +15,17 @@ from torch import Tensor
 from torch.nn.functional import pad, softplus
 
 from cnf.arrays import Array
-from cnf.bijections.affine import soft_bound, unit_softplus_offset
+from cnf.bijections.affine import soft_bound, split_parameters, unit_softplus_offset
 from cnf.bijections.base import Pair
 from cnf.bijections.intervals import Spline
+from cnf.compiling import realized
 from cnf.registry import record
 
 FORMS = ("softplus", "nflows", "zuko")
 # numbers from which on laying them out anew takes less time than it saves
 MANY = 1 << 14
+# bins up to which compiled code goes through them one by one; more take longer to compile
+UNROLLED = 32
 
 
 @record
@@ -111,6 +117,8 @@ class RationalQuadratic(Spline):
     def _bin(self, place: Tensor, parameters: Tensor, *, backward: bool) -> tuple[Pair, Pair, Pair]:
         """The bin that each place lies in: (left, width), (bottom, height), slopes."""
         bins = self.bins
+        if torch.compiler.is_compiling() and bins <= UNROLLED:
+            return self._bin_unrolled(place, parameters, backward=backward)
         raw, slopes = parameters.split([2 * bins, self.size - 2 * bins], -1)
         raw, axis, kind = _laid_out(raw.unflatten(-1, (2, bins)), place.dim())
         least = 2 * self.bound * self.min_width, 2 * self.bound * self.min_height
@@ -146,6 +154,50 @@ class RationalQuadratic(Spline):
         start, end = self._slopes(slopes, ends).unbind(-1)
         return (edges[0], lengths[0]), (edges[1], lengths[1]), (start, end)
 
+    def _bin_unrolled(
+        self, place: Tensor, parameters: Tensor, *, backward: bool
+    ) -> tuple[Pair, Pair, Pair]:
+        """``_bin``, one number after the other: compilers make no vector code of gathers."""
+        bins, numbers = self.bins, split_parameters(parameters)
+        widths = self._pieces(numbers[:bins], self.min_width)
+        heights = self._pieces(numbers[bins : 2 * bins], self.min_height)
+        row = heights if backward else widths
+        with torch.no_grad():
+            index = torch.zeros_like(place)
+            for i, total in enumerate(row.sums[:-1], 1):
+                knot = total * row.share + (i * row.minimum - self.bound)
+                index = index + (place >= knot)
+            # kept as a number: masks that are kept as bytes take most of the time
+            index = realized(index)
+
+        def pick(table: Sequence[Tensor]) -> Tensor:
+            found = table[0]
+            for i, value in enumerate(table[1:], 1):
+                found = torch.where(index >= i, value, found)
+            return found
+
+        def edge(row: _Pieces) -> Tensor:
+            below = pick([torch.zeros_like(row.share), *row.sums[:-1]]) * row.share
+            return below + (index * row.minimum - self.bound)
+
+        def length(row: _Pieces) -> Tensor:
+            return pick(row.powers) * row.share + row.minimum
+
+        knots = self._knots(numbers[2 * bins :], torch.full_like(place, self._one))
+        start, end = self._slope(pick(knots[:-1])), self._slope(pick(knots[1:]))
+        return (edge(widths), length(widths)), (edge(heights), length(heights)), (start, end)
+
+    def _pieces(self, raw: Sequence[Tensor], minimum: float) -> _Pieces:
+        """The bins' raw widths or heights as a softmax of which no quotient is taken yet."""
+        minimum *= 2 * self.bound
+        if self.form == "zuko":
+            raw = [soft_bound(one, -math.log(self.min_slope) / 2, "softclip") for one in raw]
+            minimum = 0.0
+        largest = functools.reduce(torch.maximum, raw).detach()
+        powers = [torch.exp(one - largest) for one in raw]
+        sums = list(itertools.accumulate(powers))
+        return _Pieces(powers, sums, (2 * self.bound - self.bins * minimum) / sums[-1], minimum)
+
     def _bin_array(self, place: Array, numbers: Array) -> tuple[Array, Array, Array]:
         """(left, bottom), (width, height) and slopes of the bin of each of n places, ``(2, n)``.
 
@@ -173,29 +225,53 @@ class RationalQuadratic(Spline):
 
     def _slopes_array(self, raw: Array, ends: Array) -> Array:
         """``_slopes`` of numbers ``(free, n)``, at places in the table of all knots."""
-        offset = 0.0 if self.form == "nflows" else unit_softplus_offset(self.min_slope)
-        if self.tails == "circular":
-            raw = np.concatenate([raw, raw[:1]])
-        elif self.tails == "linear":
-            one = np.full_like(raw[:1], unit_softplus_offset(self.min_slope) - offset)
-            raw = np.concatenate([one, raw, one])
-        raw = raw.take(ends)
+        raw = np.stack(self._knots([*raw], np.full_like(raw[0], self._one))).take(ends)
         if self.form == "zuko":
             return np.exp(soft_bound(raw, -math.log(self.min_slope), "softclip"))
-        raw += raw.dtype.type(offset)
+        raw += raw.dtype.type(self._offset)
         return np.maximum(raw, 0) + np.log1p(np.exp(-np.abs(raw))) + raw.dtype.type(self.min_slope)
 
     def _slopes(self, raw: Tensor, ends: Tensor) -> Tensor:
         """The slopes at the two ends of a bin, ``(*shape, 2)``."""
-        offset = 0.0 if self.form == "nflows" else unit_softplus_offset(self.min_slope)
         if self.tails == "circular":
             ends = ends % self.bins
         elif self.tails == "linear":
-            raw = pad(raw, (1, 1), value=unit_softplus_offset(self.min_slope) - offset)
-        raw = raw.expand(*ends.shape[:-1], raw.shape[-1]).gather(-1, ends)
+            raw = pad(raw, (1, 1), value=self._one)
+        return self._slope(raw.expand(*ends.shape[:-1], raw.shape[-1]).gather(-1, ends))
+
+    def _slope(self, raw: Tensor) -> Tensor:
+        """The slope at a knot."""
         if self.form == "zuko":
             return torch.exp(soft_bound(raw, -math.log(self.min_slope), "softclip"))
-        return self.min_slope + softplus(raw + offset)
+        return self.min_slope + softplus(raw + self._offset)
+
+    def _knots(self, raw: Sequence[Any], one: Any) -> Sequence[Any]:
+        """The raw slopes at all knots, from those that the tails leave free."""
+        if self.tails == "circular":
+            return [*raw, raw[0]]
+        return [one, *raw, one] if self.tails == "linear" else raw
+
+    @property
+    def _offset(self) -> float:
+        """What is added to a raw slope before the softplus."""
+        return 0.0 if self.form == "nflows" else unit_softplus_offset(self.min_slope)
+
+    @property
+    def _one(self) -> float:
+        """The raw slope of a knot whose slope is one."""
+        return unit_softplus_offset(self.min_slope) - self._offset
+
+
+class _Pieces(NamedTuple):
+    """The bins' widths or heights: powers, their cumulative sums, and what lengths they have.
+
+    A bin's is ``power * share + minimum``.
+    """
+
+    powers: Sequence[Tensor]
+    sums: Sequence[Tensor]
+    share: Tensor
+    minimum: float
 
 
 def _laid_out(raw: Tensor, dims: int) -> tuple[Tensor, int, int]:

@@ -157,10 +157,9 @@ def unwatched(
 def side_by_side(size: int) -> bool:
     """Whether ``by_parameter`` pays: where a compiler makes the code around it.
 
-    To bring the gradient of many parameters back into their rows costs more than it saves, and
-    without a gradient they lie side by side anyway.
+    Without a gradient they lie side by side anyway.
     """
-    return 1 < size <= 4 and torch.is_grad_enabled() and torch.compiler.is_compiling()
+    return size > 1 and torch.is_grad_enabled() and torch.compiler.is_compiling()
 
 
 def by_parameter(value: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:

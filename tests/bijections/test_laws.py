@@ -37,11 +37,14 @@ from cnf.bijections import (
 from cnf.registry import decode, encode
 
 TAILS = ("linear", "interval", "circular")
-SPLINES: list[ScalarMap] = [
+RATIONAL: list[ScalarMap] = [
     *(RationalQuadratic(bins=5, bound=3.0, tails=tails) for tails in TAILS),
     RationalQuadratic(bins=5, bound=3.0, form="nflows"),
     RationalQuadratic(bins=5, bound=3.0, form="zuko"),
     RationalQuadratic(bins=5, bound=3.0, min_width=1e-2),
+]
+SPLINES: list[ScalarMap] = [
+    *RATIONAL,
     *(LinearSpline(bins=5, bound=3.0, tails=tails) for tails in TAILS),
     *(QuadraticSpline(bins=5, bound=3.0, tails=tails) for tails in TAILS),
 ]
@@ -309,6 +312,29 @@ def test_arrays_are_mapped_alike(scalar_map, dtype, tolerance, rows):
     for one, other in zip(found, expected, strict=True):
         one = torch.from_numpy(one)
         torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance, equal_nan=True)
+
+
+@both
+@pytest.mark.parametrize("spline", [*RATIONAL, RationalQuadratic(bins=40, bound=3.0)], ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_compiled_splines_are_the_plain_ones(spline, direction, shared):
+    value = start(spline, direction, 60, torch.float64)
+    value[7], value[8] = math.nan, 10.0
+    value = value.view(20, 3)
+    parameters = numbers(spline, (3,) if shared else (20, 3), torch.float64)
+
+    def found(call):
+        given = value.clone().requires_grad_(), parameters.clone().requires_grad_()
+        mapped, log_derivative = call(*given)
+        kept = torch.isfinite(log_derivative)
+        total = mapped[kept].sin().sum() + log_derivative[kept].sum()
+        return mapped, log_derivative, *torch.autograd.grad(total, given)
+
+    torch.compiler.reset()
+    call = getattr(spline, direction)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for one, other in zip(found(compiled), found(call), strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
 
 
 @every
