@@ -170,6 +170,8 @@ def machine() -> dict[str, Any]:
     facts |= {name: version(name) for name in PEERS if importlib.util.find_spec(name) is not None}
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
+    if "LD_PRELOAD" in os.environ:
+        facts["preloaded"] = Path(os.environ["LD_PRELOAD"]).name
     return facts
 
 

@@ -1,4 +1,4 @@
-"""What a layer of few inputs costs to train, by torch's products and by ours."""
+"""What a layer of few inputs costs to train, and how fast the libraries' products are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as torchs
@@ -15,6 +16,9 @@ from benchmarks import harness
 from cnf.nets.products import linear as ours
 
 BATCH, WIDTH = 512, 64
+BATCHES = (16, 100, 512, 4096)
+# products in a call, so that starting it does not count
+CHAIN = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +42,13 @@ def run(options: argparse.Namespace) -> None:
         f"{options.batch} points through a layer of {WIDTH} units: value and all gradients, "
         "float32; `×` is the median over rounds."
     )
-    harness.write("products", [harness.table("layers of few inputs", rows, note)], options.out)
+    tables = [harness.table("layers of few inputs", rows, note)]
+    note = (
+        f"{WIDTH} × {WIDTH} by {WIDTH} × n, float32, billions of sums and products a second: MKL "
+        "as PyTorch calls it, OpenBLAS as NumPy calls it, XLA."
+    )
+    tables.append(harness.table("products", [*map(_rates, BATCHES)], note))
+    harness.write("products", tables, options.out)
 
 
 def _call(
@@ -49,3 +59,52 @@ def _call(
     bias = torch.randn(WIDTH, requires_grad=True)
     gradient = torch.randn(batch, WIDTH)
     return lambda: torch.autograd.grad(linear(x, weight, bias), (x, weight, bias), gradient)
+
+
+def _rates(batch: int) -> dict[str, Any]:
+    """How many billions of operations a second each library's products are."""
+    entrants = {"torch": _torchs_products(batch), "NumPy": _numpys_products(batch)}
+    if harness.installed("jax"):
+        entrants["XLA"] = _xlas_products(batch)
+    work = 2e-6 * CHAIN * WIDTH * WIDTH * batch
+    return {"n": batch} | {
+        row.name: work / row.ms for row in harness.race(entrants, "torch", rounds=20)
+    }
+
+
+def _torchs_products(batch: int) -> Callable[[], Any]:
+    weight = torch.eye(WIDTH)
+    values, others = torch.randn(WIDTH, batch), torch.empty(WIDTH, batch)
+
+    def call() -> None:
+        for _ in range(CHAIN // 2):
+            torch.mm(weight, values, out=others)
+            torch.mm(weight, others, out=values)
+
+    return call
+
+
+def _numpys_products(batch: int) -> Callable[[], Any]:
+    weight = np.eye(WIDTH, dtype=np.float32)
+    values = np.ones((WIDTH, batch), np.float32)
+    others = np.empty_like(values)
+
+    def call() -> None:
+        for _ in range(CHAIN // 2):
+            np.dot(weight, values, out=others)
+            np.dot(weight, others, out=values)
+
+    return call
+
+
+def _xlas_products(batch: int) -> Callable[[], Any]:
+    import jax
+
+    @jax.jit
+    def chained(weight: Any, values: Any) -> Any:
+        for _ in range(CHAIN):
+            values = weight @ values
+        return values
+
+    weight, values = jax.numpy.eye(WIDTH), jax.numpy.ones((WIDTH, batch))
+    return lambda: chained(weight, values).block_until_ready()
