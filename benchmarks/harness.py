@@ -205,6 +205,7 @@ def write(
     facts = machine()
     # where the files go is no part of what was measured, and may name somebody's folders
     words = re.sub(r" --out[ =]\S+", "", " ".join(["", *sys.argv[1:]]))
+    words = re.sub(r"(--torchdyn[ =])\S+", r"\1PYTHON", words)
     command = f"python -m benchmarks{words}"
     figures = [{key: t[key] for key in ("title", "note", "rows")} for t in tables]
     folder.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,8 @@ def test_a_race_needs_its_reference():
 
 
 def test_results_are_written_as_json_and_markdown(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["benchmarks", "check", "--out", str(tmp_path), "--rows", "9"])
+    words = ["check", "--out", str(tmp_path), "--torchdyn", sys.executable, "--rows", "9"]
+    monkeypatch.setattr("sys.argv", ["benchmarks", *words])
     row = harness.Row("ours", 1.5, 2.0, 1.9, 2.1, 10)
     tables = [
         harness.table("Steps", [row], "One core."),
@@ -60,7 +61,7 @@ def test_results_are_written_as_json_and_markdown(tmp_path, monkeypatch):
     assert "| a | 1.0e-05 | – |" in page
     assert "| b | – | 0.250 |" in page
     found = json.loads((tmp_path / "check.json").read_text())
-    assert found["command"] == "python -m benchmarks check --rows 9"
+    assert found["command"] == "python -m benchmarks check --torchdyn PYTHON --rows 9"
     assert found["tables"][0]["rows"][0]["speedup"] == 2.0
     assert found["machine"]["threads"] >= 1
 
