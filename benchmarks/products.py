@@ -63,7 +63,12 @@ def _call(
 
 def _rates(batch: int) -> dict[str, Any]:
     """How many billions of operations a second each library's products are."""
-    entrants = {"torch": _torchs_products(batch), "NumPy": _numpys_products(batch)}
+    weight, values = torch.eye(WIDTH), torch.ones(WIDTH, batch)
+    arrays = weight.numpy(), values.numpy().copy()
+    entrants = {
+        "torch": _chained(torch.mm, weight, values, torch.empty_like(values)),
+        "NumPy": _chained(np.dot, *arrays, np.empty_like(arrays[1])),
+    }
     if harness.installed("jax"):
         entrants["XLA"] = _xlas_products(batch)
     work = 2e-6 * CHAIN * WIDTH * WIDTH * batch
@@ -72,32 +77,16 @@ def _rates(batch: int) -> dict[str, Any]:
     }
 
 
-def _torchs_products(batch: int) -> Callable[[], Any]:
-    weight = torch.eye(WIDTH)
-    values, others = torch.randn(WIDTH, batch), torch.empty(WIDTH, batch)
-
+def _chained(product: Callable[..., Any], weight: Any, values: Any, others: Any) -> harness.Entrant:
     def call() -> None:
         for _ in range(CHAIN // 2):
-            torch.mm(weight, values, out=others)
-            torch.mm(weight, others, out=values)
+            product(weight, values, out=others)
+            product(weight, others, out=values)
 
     return call
 
 
-def _numpys_products(batch: int) -> Callable[[], Any]:
-    weight = np.eye(WIDTH, dtype=np.float32)
-    values = np.ones((WIDTH, batch), np.float32)
-    others = np.empty_like(values)
-
-    def call() -> None:
-        for _ in range(CHAIN // 2):
-            np.dot(weight, values, out=others)
-            np.dot(weight, others, out=values)
-
-    return call
-
-
-def _xlas_products(batch: int) -> Callable[[], Any]:
+def _xlas_products(batch: int) -> harness.Entrant:
     import jax
 
     @jax.jit
