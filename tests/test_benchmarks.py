@@ -1,7 +1,6 @@
 """The measurements' tools: fair turns, tables, and peers that compute the same."""
 
 import argparse
-import dataclasses
 import importlib.util
 import json
 import sys
@@ -112,8 +111,6 @@ def test_ffjords_method_agrees_with_ours(field, x, truth):
     assert found.forward > 0
     assert found.backward > 0
     for solver in continuous.cnf_modes().values():
-        if solver.compile:  # traced alike, without minutes of C++
-            solver = dataclasses.replace(solver, compile="eager")
         assert differs(continuous.ours(field, x, None, solver).look(), truth) < 1e-4
 
 

@@ -299,9 +299,9 @@ def test_not_a_number_stays_one(scalar_map):
 
 
 @every
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_arrays_are_mapped_alike(scalar_map, dtype, tolerance, rows):
+def test_arrays_are_mapped_alike(scalar_map, dtype, rows):
     value = start(scalar_map, "forward", 60, dtype)
     value[7] = math.nan
     value = value.reshape(rows, -1)
@@ -309,9 +309,11 @@ def test_arrays_are_mapped_alike(scalar_map, dtype, tolerance, rows):
     expected = scalar_map.forward(value, parameters)
     laid_out = parameters.mT.contiguous().mT  # as networks of arrays give them
     found = scalar_map.forward_array(value.numpy(), laid_out.numpy())
+    # sums in another order, which steep bins magnify
+    rounding = isinstance(scalar_map, RationalQuadratic) and dtype == torch.float32
+    bounds = {"atol": 1e-4, "rtol": 1e-4} if rounding else {}
     for one, other in zip(found, expected, strict=True):
-        one = torch.from_numpy(one)
-        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance, equal_nan=True)
+        torch.testing.assert_close(torch.from_numpy(one), other, equal_nan=True, **bounds)
 
 
 @both
