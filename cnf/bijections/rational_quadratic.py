@@ -121,10 +121,7 @@ class RationalQuadratic(Spline):
             return self._bin_unrolled(place, parameters, backward=backward)
         raw, slopes = parameters.split([2 * bins, self.size - 2 * bins], -1)
         raw, axis, kind = _laid_out(raw.unflatten(-1, (2, bins)), place.dim())
-        least = 2 * self.bound * self.min_width, 2 * self.bound * self.min_height
-        if self.form == "zuko":
-            raw = soft_bound(raw, -math.log(self.min_slope) / 2, "softclip")
-            least = 0.0, 0.0
+        raw, least = self._softened(raw), self._least
         minimum: float | Tensor = least[0]
         if least[0] != least[1]:
             rows = torch.arange(2, dtype=raw.dtype, device=raw.device)
@@ -159,8 +156,8 @@ class RationalQuadratic(Spline):
     ) -> tuple[Pair, Pair, Pair]:
         """``_bin``, one number after the other: compilers make no vector code of gathers."""
         bins, numbers = self.bins, split_parameters(parameters)
-        widths = self._pieces(numbers[:bins], self.min_width)
-        heights = self._pieces(numbers[bins : 2 * bins], self.min_height)
+        raw = numbers[:bins], numbers[bins : 2 * bins]
+        widths, heights = map(self._pieces, raw, self._least)
         row = heights if backward else widths
         with torch.no_grad():
             index = torch.zeros_like(place)
@@ -189,10 +186,7 @@ class RationalQuadratic(Spline):
 
     def _pieces(self, raw: Sequence[Tensor], minimum: float) -> _Pieces:
         """The bins' raw widths or heights as a softmax of which no quotient is taken yet."""
-        minimum *= 2 * self.bound
-        if self.form == "zuko":
-            raw = [soft_bound(one, -math.log(self.min_slope) / 2, "softclip") for one in raw]
-            minimum = 0.0
+        raw = [self._softened(one) for one in raw]
         largest = functools.reduce(torch.maximum, raw).detach()
         powers = [torch.exp(one - largest) for one in raw]
         sums = list(itertools.accumulate(powers))
@@ -205,10 +199,7 @@ class RationalQuadratic(Spline):
         """
         bins, count = self.bins, place.size
         raw, slopes = numbers[: 2 * bins].reshape(2, bins, count), numbers[2 * bins :]
-        minimum = np.array([[self.min_width], [self.min_height]], raw.dtype) * (2 * self.bound)
-        if self.form == "zuko":
-            raw = soft_bound(raw, -math.log(self.min_slope) / 2, "softclip")
-            minimum *= 0
+        raw, minimum = self._softened(raw), np.array(self._least, raw.dtype)[:, None]
         powers = raw - raw.max(1, keepdims=True)
         np.exp(powers, out=powers)
         # a product, because NumPy's own cumulative sum goes number by number
@@ -250,6 +241,19 @@ class RationalQuadratic(Spline):
         if self.tails == "circular":
             return [*raw, raw[0]]
         return [one, *raw, one] if self.tails == "linear" else raw
+
+    def _softened(self, raw: Any) -> Any:
+        """Raw widths and heights, tensors or arrays, as the softmax takes them."""
+        if self.form == "zuko":
+            return soft_bound(raw, -math.log(self.min_slope) / 2, "softclip")
+        return raw
+
+    @property
+    def _least(self) -> tuple[float, float]:
+        """The least width and height of a bin."""
+        if self.form == "zuko":
+            return 0.0, 0.0
+        return 2 * self.bound * self.min_width, 2 * self.bound * self.min_height
 
     @property
     def _offset(self) -> float:
