@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear as torchs
 
 from benchmarks import harness
+from cnf import onednn
 from cnf.nets.products import linear as ours
 
 BATCH, WIDTH = 512, 64
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     tables = [harness.table("layers of few inputs", rows, note)]
     note = (
         f"{WIDTH} × {WIDTH} by {WIDTH} × n, float32, billions of sums and products a second: MKL "
-        "as PyTorch calls it, OpenBLAS as NumPy calls it, XLA."
+        "and oneDNN as PyTorch calls them, OpenBLAS as NumPy calls it, XLA."
     )
     tables.append(harness.table("products", [*map(_rates, BATCHES)], note))
     harness.write("products", tables, options.out)
@@ -67,6 +68,7 @@ def _rates(batch: int) -> dict[str, Any]:
     arrays = weight.numpy(), values.numpy().copy()
     entrants = {
         "torch": _chained(torch.mm, weight, values, torch.empty_like(values)),
+        "torch, oneDNN": _onednns_products(weight, values),
         "NumPy": _chained(np.dot, *arrays, np.empty_like(arrays[1])),
     }
     if harness.installed("jax"):
@@ -84,6 +86,15 @@ def _chained(product: Callable[..., Any], weight: Any, values: Any, others: Any)
             product(weight, others, out=values)
 
     return call
+
+
+def _onednns_products(weight: Tensor, values: Tensor) -> harness.Entrant:
+    def call() -> None:
+        product = values
+        for _ in range(CHAIN):
+            product = onednn.by_onednn(weight, product)
+
+    return torch.no_grad()(call)
 
 
 def _xlas_products(batch: int) -> harness.Entrant:

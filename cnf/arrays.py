@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Array = np.ndarray[Any, Any]
 
@@ -17,6 +18,8 @@ def fits_arrays(*values: Tensor) -> bool:
         torch.is_grad_enabled()
         or torch.compiler.is_dynamo_compiling()
         or torch._C._are_functorch_transforms_active()
+        # torch's name for how many levels of forward differentiation there are, less one
+        or forward_ad._current_level >= 0
     ):
         return False
     dtype = values[0].dtype

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from cnf import onednn
+
 T = TypeVar("T")
 
 # a loop's body is part of what torch's cache on disk goes by, but has to be said to be
@@ -118,6 +120,7 @@ def _options(backend: str, mode: str | None, native: bool) -> dict[str, Any]:
             "cpp_wrapper": native,
             # kernels apart from what calls them: a quarter off the time that compiling takes
             "cpp_wrapper_build_separate": native,
+            "post_grad_custom_post_pass": _rewriting(),
         }
         known = torch._inductor.list_options()
         options = {name: value for name, value in wanted.items() if name in known}
@@ -125,6 +128,14 @@ def _options(backend: str, mode: str | None, native: bool) -> dict[str, Any]:
     if hasattr(torch._dynamo.types, "GuardFilterEntry"):  # not before torch 2.7
         options["guard_filter_fn"] = _changeable
     return options
+
+
+def _rewriting() -> Any:
+    """What Inductor does with a graph last: what it is told to, or where that pays, products."""
+    told = torch._inductor.config.post_grad_custom_post_pass
+    if told is not None or not onednn.pays():
+        return told
+    return onednn.rewriting()
 
 
 def _changeable(guards: Sequence[Any]) -> list[bool]:

@@ -17,6 +17,7 @@ from cnf.compiling import by_columns
 from cnf.nets.smooth import Smooth
 from cnf.nets.tangents import fused
 from cnf.nets.time import TIME_LAYERS, Affine
+from cnf.onednn import product
 from cnf.registry import unknown_name
 
 
@@ -191,7 +192,8 @@ def trace_of_product(weights: list[Tensor], slopes: list[Tensor]) -> Tensor:
     if depth == 4 and not pushes_inputs and slopes[0].shape[:-1].numel() >= width:
         # a form of three vectors, made once for the batch: a product and a contraction of it
         form = cycle.unsqueeze(-1) * weights[2] * weights[1].T.unsqueeze(1)
-        partial = (slopes[0] @ form.flatten(1)).unflatten(-1, form.shape[1:])
+        partial = product(slopes[0].flatten(0, -2), form.flatten(1))
+        partial = partial.view(*slopes[0].shape[:-1], *form.shape[1:])
         return ((partial @ slopes[1].unsqueeze(-1)).squeeze(-1) * slopes[2]).sum(-1)
     if pushes_inputs:
         start, rest, close = 0, first.T, last

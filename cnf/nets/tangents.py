@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cnf.nets.products import linear
 from cnf.nets.smooth import SMOOTH
+from cnf.onednn import product
 
 FEW = 4  # tangents that are summed one by one
 
@@ -79,7 +80,7 @@ class _Fused(torch.autograd.Function):
         before: list[Tensor] = []  # of each activation: its arguments, and the carried tangents
         after: list[Tensor] = []
         slopes: list[Tensor] = []
-        h = torch.addmm(shifts[0], x, first.t())
+        h = product(x, first.t(), shifts[0])
         for i in range(count - 1):
             stacked = h.new_empty(1 + close.shape[0], *h.shape)
             y, slope = linearize(h)
@@ -89,9 +90,9 @@ class _Fused(torch.autograd.Function):
             after.append(stacked)
             slopes.append(slope)
             if i < len(inner):
-                block = torch.mm(stacked.flatten(0, 1), inner[i].t()).view(*stacked.shape[:2], -1)
+                block = product(stacked.flatten(0, 1), inner[i].t()).view(*stacked.shape[:2], -1)
                 h, carry = block[0].add_(shifts[i + 1]), block[1:]
-        value = torch.addmm(shifts[-1], stacked[0], last.t())
+        value = product(stacked[0], last.t(), shifts[-1])
         products = _inner(stacked[1:], last) if tangents is None else (stacked[1:] * close).sum(-1)
         ctx.activation, ctx.count = activation, count
         ctx.save_for_backward(x, tangents, close, *layers, *before, *after, *slopes)
@@ -113,16 +114,16 @@ class _Fused(torch.autograd.Function):
         weight_grads: list[Tensor] = []
         shift_grads: list[Tensor] = []
         last, stacked = weights[-1], after[-1]
-        of_last = value.t() @ stacked[0]
+        of_last = product(value.t(), stacked[0])
         if tangents is None:
             of_last += torch.matmul(products, stacked[1:]).squeeze(1)
         else:
             weighted = stacked[1:] * products.unsqueeze(-1)
-            of_last += tangents.flatten(0, 1).t() @ weighted.flatten(0, 1)
+            of_last += product(tangents.flatten(0, 1).t(), weighted.flatten(0, 1))
         weight_grads.append(of_last)
         shift_grads.append(_like(value, shifts[-1]))
         grad = torch.empty_like(stacked)
-        torch.mm(value, last, out=grad[0])
+        grad[0] = product(value, last)
         torch.mul(close, products.unsqueeze(-1), out=grad[1:])
         pull_ = SMOOTH[ctx.activation].pull_
         for i in range(n - 2, -1, -1):
@@ -132,17 +133,17 @@ class _Fused(torch.autograd.Function):
             shift_grads.append(_like(grad[0], shifts[i]))
             if i:
                 flat = grad.flatten(0, 1)
-                weight_grads.append(flat.t() @ after[i - 1].flatten(0, 1))
-                grad = torch.mm(flat, weight).view(*grad.shape[:2], -1)
+                weight_grads.append(product(flat.t(), after[i - 1].flatten(0, 1)))
+                grad = product(flat, weight).view(*grad.shape[:2], -1)
         # the transposes of products with as few columns as x has, which are slow
-        of_first = (x.t() @ grad[0]).t()
+        of_first = product(x.t(), grad[0]).t()
         if tangents is None:
             of_first += grad[1:].sum(1).t()
         else:
-            of_first += (tangents.flatten(0, 1).t() @ grad[1:].flatten(0, 1)).t()
+            of_first += product(tangents.flatten(0, 1).t(), grad[1:].flatten(0, 1)).t()
         weight_grads.append(of_first)
         layers = (*reversed(weight_grads), *reversed(shift_grads))
-        return None, None, (weights[0].t() @ grad[0].t()).t(), None, *layers
+        return None, None, product(weights[0].t(), grad[0].t()).t(), None, *layers
 
 
 def _again(

@@ -1,0 +1,230 @@
+"""Products by oneDNN: MKL's numbers, where they are asked for, and nowhere else."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from cnf import compiling, onednn
+from cnf.nets import TimeMLP
+from cnf.nets.products import linear
+from cnf.nets.tangents import fused, plain
+from cnf.onednn import LARGE, product, rewrite, work
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
+)
+ROWS, WIDTH = 600, 64
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The shapes that go to oneDNN, on a CPU for which that pays."""
+    shapes, by_onednn = [], onednn.by_onednn
+
+    def watching(left, right):
+        shapes.append((*left.shape, right.shape[1]))
+        return by_onednn(left, right)
+
+    monkeypatch.setattr(onednn, "pays", lambda: True)
+    monkeypatch.setattr(onednn, "by_onednn", watching)
+    return shapes
+
+
+def matrices():
+    torch.manual_seed(0)
+    return torch.randn(ROWS, WIDTH), torch.randn(WIDTH, WIDTH)
+
+
+VIEWS = {
+    "rows": lambda x: x,
+    "columns": lambda x: x.t().contiguous().t(),
+    "apart": lambda x: x.repeat(2, 2)[::2, ::2],
+    "within": lambda x: torch.nn.functional.pad(x, (3, 5, 1, 0))[1:, 3:-5],
+    "all alike": lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("left", VIEWS)
+@pytest.mark.parametrize("right", VIEWS)
+@pytest.mark.parametrize("summand", [None, 1, 2])
+@torch.no_grad()
+def test_numbers_may_lie_as_they_like(left, right, summand, taken):
+    x, y = matrices()
+    x, y = VIEWS[left](x), VIEWS[right](y)
+    more = None if summand is None else torch.randn(ROWS, WIDTH)[0 if summand == 1 else slice(None)]
+    wanted = x.double() @ y.double() + (0 if more is None else more)
+    torch.testing.assert_close(product(x, y, more), wanted.float(), atol=1e-4, rtol=1e-5)
+    assert taken == [(ROWS, WIDTH, WIDTH)]
+
+
+def test_where_there_is_more_to_a_product_it_is_torchs(taken):
+    x, y = matrices()
+    tangent = torch.ones_like(x)
+    assert torch.autograd.grad(product(x.requires_grad_(), y).sum(), x)[0].shape == x.shape
+    x = x.detach()
+    with torch.no_grad():
+        _, moved = torch.func.jvp(lambda x: product(x, y), (x,), (tangent,))
+        torch.testing.assert_close(moved, tangent @ y)
+        with forward_ad.dual_level():
+            dual = product(forward_ad.make_dual(x, tangent), y)
+            torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, tangent @ y)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert product(x, y).dtype == torch.bfloat16
+        assert product(x.double(), y.double()).dtype == torch.float64
+        product(x[:100], y)
+    assert not taken
+
+
+def test_a_layer_without_a_gradient_goes_there(taken):
+    x, weight = matrices()
+    bias = torch.randn(WIDTH)
+    wanted = torch.nn.functional.linear(x, weight, bias)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, weight, bias), wanted, atol=1e-4, rtol=1e-5)
+    assert taken == [(ROWS, WIDTH, WIDTH)]
+
+
+@pytest.mark.parametrize("probes", [None, 2])
+def test_a_network_with_tangents_has_the_same_gradients(probes, taken):
+    torch.manual_seed(0)
+    features = 8
+    sizes = [(WIDTH, features), (WIDTH, WIDTH), (features, WIDTH)]
+    x = torch.randn(ROWS, features, requires_grad=True)
+    weights = [(torch.randn(size) / size[1] ** 0.5).requires_grad_() for size in sizes]
+    shifts = [torch.randn(size[0], requires_grad=True) for size in sizes]
+    tangents = None if probes is None else torch.randn(probes, ROWS, features)
+    found = []
+    for network in (fused, plain):
+        value, products = network("tanh", x, tangents, weights, shifts)
+        loss = value.square().mean() + products.square().mean()
+        found.append([value, products, *torch.autograd.grad(loss, [x, *weights, *shifts])])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert len(taken) >= 3
+
+
+@torch.no_grad()
+def test_a_trace_goes_there(taken):
+    torch.manual_seed(0)
+    field, x = TimeMLP(16, (24, 24, 24)), torch.randn(ROWS, 16)
+    time = torch.tensor(0.3)
+    _, traces = field.trace(time, x, None)
+    assert taken == [(ROWS, 24, 24 * 24)]
+    _, wanted = field.double().trace(time.double(), x.double(), None)
+    torch.testing.assert_close(traces, wanted.float(), atol=1e-4, rtol=1e-4)
+
+
+def layers(x, first, second, bias):
+    hidden = torch.addmm(bias, x, first).relu()
+    return hidden.t() @ (hidden @ second) / len(x)
+
+
+def numbers(rows):
+    torch.manual_seed(0)
+    weights = torch.randn(2, WIDTH, WIDTH) / WIDTH**0.5
+    return torch.randn(rows, WIDTH), *weights.unbind(), torch.randn(WIDTH)
+
+
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+@pytest.mark.parametrize(("rows", "replaced"), [(600, 3), (300, 2), (200, 0)])
+def test_a_graphs_large_products_are_replaced(rows, replaced, mode):
+    given = numbers(rows)
+    module = make_fx(layers, tracing_mode=mode)(*given)
+    taken = []
+
+    def operation(left, right):
+        taken.append(work(left, right))
+        return left @ right
+
+    rewrite(module.graph, operation)
+    module.graph.lint()
+    module.recompile()
+    torch.testing.assert_close(module(*given), layers(*given))
+    assert len(taken) == replaced
+    assert all(size >= LARGE for size in taken)
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.double, lambda x: x.to("meta")])
+def test_a_graph_of_other_numbers_stays(convert):
+    given = [convert(tensor) for tensor in numbers(ROWS)]
+    module = make_fx(layers, tracing_mode="fake")(*given)
+    before = str(module.graph)
+    rewrite(module.graph, None)
+    assert str(module.graph) == before
+
+
+@pytest.fixture
+def paying(monkeypatch):
+    if shutil.which("g++") is None or onednn.rewriting() is None:
+        pytest.skip("Inductor needs a C++ compiler, and a torch in which it is known how")
+    torch.compiler.reset()
+    monkeypatch.setattr(onednn, "pays", lambda: True)
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize(("rows", "there"), [(600, True), (150, False)])
+@torch.no_grad()
+def test_compiled_code_calls_it_for_large_batches(rows, there, native, paying):
+    from torch._inductor.utils import run_and_get_code
+
+    run, given = compiling.compiled(layers, dynamic=True, native=native), numbers(rows)
+    with torch._inductor.config.patch(fx_graph_cache=False):  # which may hold the code
+        found, code = run_and_get_code(run, *given)
+    torch.testing.assert_close(found, layers(*given), atol=1e-5, rtol=1e-5)
+    assert ("linear_pointwise" in "".join(code)) == there
+
+
+def test_there_is_code_for_large_batches_and_for_others(paying):
+    from torch._dynamo.utils import counters
+
+    run, seen = compiling.compiled(layers, dynamic=True, whole=True), set()
+    before = counters["stats"]["unique_graphs"]
+    for rows in (600, 150, 900, 100, 601):
+        given = [tensor.requires_grad_() for tensor in numbers(rows)]
+        value, wanted = run(*given), layers(*given)
+        torch.testing.assert_close(value, wanted, atol=1e-5, rtol=1e-5)
+        found, expected = (torch.autograd.grad(loss.sin().sum(), given) for loss in (value, wanted))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        seen.add(counters["stats"]["unique_graphs"])
+    assert seen == {before + 1, before + 2}
+
+
+def test_what_others_do_to_graphs_stays(monkeypatch):
+    def mine(graph):
+        return None
+
+    monkeypatch.setattr(onednn, "pays", lambda: True)
+    with torch._inductor.config.patch(post_grad_custom_post_pass=mine):
+        assert compiling._rewriting() is mine
+
+
+@pytest.fixture
+def asked():
+    onednn.pays.cache_clear()
+    yield onednn.pays
+    onednn.pays.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "answer", "pays"),
+    [("AVX512", 0, True), ("AVX512", 1, False), ("AVX2", 0, False), ("AVX512", None, False)],
+)
+def test_it_pays_where_mkl_takes_a_wide_processor_for_another(
+    capability, answer, pays, asked, monkeypatch
+):
+    class Library:
+        def __init__(self, path):
+            if answer is not None:
+                self.mkl_serv_intel_cpu_true = lambda: answer
+
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert asked() is pays
