@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear as torchs
 
 from benchmarks import harness
-from cnf import onednn
+from cnf import compiling, onednn
 from cnf.nets.products import linear as ours
 
 BATCH, WIDTH = 512, 64
@@ -46,7 +46,8 @@ def run(options: argparse.Namespace) -> None:
     tables = [harness.table("layers of few inputs", rows, note)]
     note = (
         f"{WIDTH} × {WIDTH} by {WIDTH} × n, float32, billions of sums and products a second: MKL "
-        "and oneDNN as PyTorch calls them, OpenBLAS as NumPy calls it, XLA."
+        "and oneDNN as PyTorch calls them, compiled as this package compiles (oneDNN block by block "
+        "where that pays), OpenBLAS as NumPy calls it, XLA."
     )
     tables.append(harness.table("products", [*map(_rates, BATCHES)], note))
     harness.write("products", tables, options.out)
@@ -95,6 +96,16 @@ def _onednns_products(weight: Tensor, values: Tensor) -> harness.Entrant:
             product = onednn.by_onednn(weight, product)
 
     return torch.no_grad()(call)
+
+
+def _compiled_products(weight: Tensor, values: Tensor) -> harness.Entrant:
+    def chained(weight: Tensor, values: Tensor) -> Tensor:
+        for _ in range(CHAIN):
+            values = weight @ values
+        return values
+
+    run = compiling.compiled(chained, native=True)
+    return torch.no_grad()(lambda: run(weight, values))
 
 
 def _xlas_products(batch: int) -> harness.Entrant:

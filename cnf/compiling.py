@@ -131,11 +131,13 @@ def _options(backend: str, mode: str | None, native: bool) -> dict[str, Any]:
 
 
 def _rewriting() -> Any:
-    """What Inductor does with a graph last: what it is told to, or where that pays, products."""
+    """What Inductor does with a graph last: what it is told to, or products the fast way."""
     told = torch._inductor.config.post_grad_custom_post_pass
-    if told is not None or not onednn.pays():
+    if told is not None or not onednn.has_blocks() or not onednn.pays():
         return told
-    return onednn.rewriting()
+    from cnf.brgemm import Rewriting
+
+    return Rewriting()
 
 
 def _changeable(guards: Sequence[Any]) -> list[bool]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from cnf import compiling, onednn
 from cnf.nets import TimeMLP
 from cnf.nets.products import linear
 from cnf.nets.tangents import fused, plain
-from cnf.onednn import LARGE, product, rewrite, work
+from cnf.onednn import product
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
@@ -120,82 +118,6 @@ def test_a_trace_goes_there(taken):
     torch.testing.assert_close(traces, wanted.float(), atol=1e-4, rtol=1e-4)
 
 
-def layers(x, first, second, bias):
-    hidden = torch.addmm(bias, x, first).relu()
-    return hidden.t() @ (hidden @ second) / len(x)
-
-
-def numbers(rows):
-    torch.manual_seed(0)
-    weights = torch.randn(2, WIDTH, WIDTH) / WIDTH**0.5
-    return torch.randn(rows, WIDTH), *weights.unbind(), torch.randn(WIDTH)
-
-
-@pytest.mark.parametrize("mode", ["real", "symbolic"])
-@pytest.mark.parametrize(("rows", "replaced"), [(600, 3), (300, 2), (200, 0)])
-def test_a_graphs_large_products_are_replaced(rows, replaced, mode):
-    given = numbers(rows)
-    module = make_fx(layers, tracing_mode=mode)(*given)
-    taken = []
-
-    def operation(left, right):
-        taken.append(work(left, right))
-        return left @ right
-
-    rewrite(module.graph, operation)
-    module.graph.lint()
-    module.recompile()
-    torch.testing.assert_close(module(*given), layers(*given))
-    assert len(taken) == replaced
-    assert all(size >= LARGE for size in taken)
-
-
-@pytest.mark.parametrize("convert", [torch.Tensor.double, lambda x: x.to("meta")])
-def test_a_graph_of_other_numbers_stays(convert):
-    given = [convert(tensor) for tensor in numbers(ROWS)]
-    module = make_fx(layers, tracing_mode="fake")(*given)
-    before = str(module.graph)
-    rewrite(module.graph, None)
-    assert str(module.graph) == before
-
-
-@pytest.fixture
-def paying(monkeypatch):
-    if shutil.which("g++") is None or onednn.rewriting() is None:
-        pytest.skip("Inductor needs a C++ compiler, and a torch in which it is known how")
-    torch.compiler.reset()
-    monkeypatch.setattr(onednn, "pays", lambda: True)
-
-
-@pytest.mark.parametrize("native", [False, True])
-@pytest.mark.parametrize(("rows", "there"), [(600, True), (150, False)])
-@torch.no_grad()
-def test_compiled_code_calls_it_for_large_batches(rows, there, native, paying):
-    from torch._inductor.utils import run_and_get_code
-
-    run, given = compiling.compiled(layers, dynamic=True, native=native), numbers(rows)
-    with torch._inductor.config.patch(fx_graph_cache=False):  # which may hold the code
-        found, code = run_and_get_code(run, *given)
-    torch.testing.assert_close(found, layers(*given), atol=1e-5, rtol=1e-5)
-    assert ("linear_pointwise" in "".join(code)) == there
-
-
-def test_there_is_code_for_large_batches_and_for_others(paying):
-    from torch._dynamo.utils import counters
-
-    run, seen = compiling.compiled(layers, dynamic=True, whole=True), set()
-    before = counters["stats"]["unique_graphs"]
-    for rows in (600, 150, 900, 100, 601):
-        given = [tensor.requires_grad_() for tensor in numbers(rows)]
-        value, wanted = run(*given), layers(*given)
-        torch.testing.assert_close(value, wanted, atol=1e-5, rtol=1e-5)
-        found, expected = (torch.autograd.grad(loss.sin().sum(), given) for loss in (value, wanted))
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-        seen.add(counters["stats"]["unique_graphs"])
-    assert seen == {before + 1, before + 2}
-
-
 def test_what_others_do_to_graphs_stays(monkeypatch):
     def mine(graph):
         return None
@@ -203,6 +125,8 @@ def test_what_others_do_to_graphs_stays(monkeypatch):
     monkeypatch.setattr(onednn, "pays", lambda: True)
     with torch._inductor.config.patch(post_grad_custom_post_pass=mine):
         assert compiling._rewriting() is mine
+    monkeypatch.setattr(onednn, "pays", lambda: False)
+    assert compiling._rewriting() is None
 
 
 @pytest.fixture
