@@ -46,8 +46,8 @@ def run(options: argparse.Namespace) -> None:
     tables = [harness.table("layers of few inputs", rows, note)]
     note = (
         f"{WIDTH} × {WIDTH} by {WIDTH} × n, float32, billions of sums and products a second: MKL "
-        "and oneDNN as PyTorch calls them, compiled as this package compiles (oneDNN block by block "
-        "where that pays), OpenBLAS as NumPy calls it, XLA."
+        "and oneDNN as PyTorch calls them, code as this package compiles it (oneDNN block by "
+        "block where that pays), OpenBLAS as NumPy calls it, XLA."
     )
     tables.append(harness.table("products", [*map(_rates, BATCHES)], note))
     harness.write("products", tables, options.out)
@@ -70,6 +70,7 @@ def _rates(batch: int) -> dict[str, Any]:
     entrants = {
         "torch": _chained(torch.mm, weight, values, torch.empty_like(values)),
         "torch, oneDNN": _onednns_products(weight, values),
+        "compiled": _compiled_products(weight, values),
         "NumPy": _chained(np.dot, *arrays, np.empty_like(arrays[1])),
     }
     if harness.installed("jax"):
