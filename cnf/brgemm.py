@@ -41,31 +41,34 @@ extern "C" {definition} {{
   const int64_t left_step = std::max<int64_t>({left_step}, left_turned ? rows : inner);
   const int64_t right_step = std::max<int64_t>({right_step}, right_turned ? inner : columns);
   if (inner == 0) std::fill_n(result, rows * columns, 0.0f);
+  // copies lie a little apart from where caches would put all of their rows in the same place
+  const int64_t deepest = std::min<int64_t>({INNER}, inner), left_apart = deepest + 16;
+  const int64_t widest = std::min<int64_t>({COLUMNS}, columns), right_apart = widest + 16;
+  const bool right_copied = right_turned || (rows > 2 * {ROWS} && right_step > 2 * {COLUMNS});
   // each of a part's rows and columns is one thread's
   const auto part = [&](int64_t first_row, int64_t row_end, int64_t first, int64_t end) {{
-    const int64_t deepest = std::min<int64_t>({INNER}, inner);
-    const int64_t widest = std::min<int64_t>({COLUMNS}, end - first);
-    std::unique_ptr<float[]> lefts(left_turned ? new float[{ROWS} * deepest] : nullptr);
-    std::unique_ptr<float[]> rights(right_turned ? new float[deepest * widest] : nullptr);
+    std::unique_ptr<float[]> lefts(left_turned ? new float[{ROWS} * left_apart] : nullptr);
+    std::unique_ptr<float[]> rights(right_copied ? new float[deepest * right_apart] : nullptr);
     for (int64_t j = first; j < end; j += {COLUMNS}) {{
       const int64_t n = std::min<int64_t>({COLUMNS}, end - j);
       for (int64_t k = 0; k < inner; k += {INNER}) {{
         const int64_t depth = std::min<int64_t>({INNER}, inner - k);
         const float* b = right + (right_turned ? j * right_step + k : k * right_step + j);
         if (right_turned) {{
-          transpose_mxn<float>(b, right_step, rights.get(), n, n, depth);
-          b = rights.get();
+          transpose_mxn<float>(b, right_step, rights.get(), right_apart, n, depth);
+        }} else if (right_copied) {{
+          for (int64_t p = 0; p < depth; p++)
+            std::copy_n(b + p * right_step, n, rights.get() + p * right_apart);
         }}
         for (int64_t i = first_row; i < row_end; i += {ROWS}) {{
           const int64_t m = std::min<int64_t>({ROWS}, row_end - i);
           const float* a = left + (left_turned ? k * left_step + i : i * left_step + k);
-          if (left_turned) {{
-            transpose_mxn<float>(a, left_step, lefts.get(), depth, depth, m);
-            a = lefts.get();
-          }}
+          if (left_turned) transpose_mxn<float>(a, left_step, lefts.get(), left_apart, depth, m);
           at::native::cpublas::brgemm(
-              m, n, depth, left_turned ? depth : left_step, right_turned ? n : right_step, columns,
-              k > 0, a, b, result + i * columns + j, false);
+              m, n, depth, left_turned ? left_apart : left_step,
+              right_copied ? right_apart : right_step, columns, k > 0,
+              left_turned ? lefts.get() : a, right_copied ? rights.get() : b,
+              result + i * columns + j, false);
         }}
       }}
     }}

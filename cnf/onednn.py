@@ -21,6 +21,9 @@ from cnf.arrays import fits_arrays
 # takes as long as. From here on oneDNN is faster, which is 512 points through 64 x 64.
 LARGE = 3 << 20
 AROUND = 32
+TORCH = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+# what MKL goes by
+ASKED = "mkl_serv_intel_cpu_true"
 # at::native::cpublas::brgemm of float32, as linkers know it
 BLOCKS = "_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb"
 BLOCKS_SINCE = "2.13"
@@ -30,22 +33,23 @@ BLOCKS_SINCE = "2.13"
 def pays() -> bool:
     """Whether MKL makes less of this processor than oneDNN does."""
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if not (wide and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+    # a library that is loaded before torch may answer in MKL's place
+    answers = (getattr(_library(path), ASKED, None) for path in (None, TORCH))
+    is_intels = next((answer for answer in answers if answer is not None), None)
+    if not wide or not torch.backends.mkldnn.is_available() or is_intels is None:
         return False
-    # what MKL itself goes by; a library that is loaded before torch may answer in its place
-    is_intels = getattr(_library(), "mkl_serv_intel_cpu_true", None)
-    return is_intels is not None and not is_intels()
+    return not is_intels()
 
 
 def has_blocks() -> bool:
     """Whether compiled code is known to find oneDNN's kernels for blocks in this torch."""
-    return torch.__version__ >= BLOCKS_SINCE and hasattr(_library(), BLOCKS)
+    return torch.__version__ >= BLOCKS_SINCE and hasattr(_library(TORCH), BLOCKS)
 
 
-def _library() -> ctypes.CDLL | None:
+def _library(path: Path | None) -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    except OSError:  # not Linux
+        return ctypes.CDLL(None if path is None else str(path))
+    except (OSError, TypeError):  # not Linux
         return None
 
 
