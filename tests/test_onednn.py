@@ -10,7 +10,6 @@ from torch.autograd import forward_ad
 
 from cnf import compiling, onednn
 from cnf.nets import TimeMLP
-from cnf.nets.products import linear
 from cnf.nets.tangents import fused, plain
 from cnf.onednn import product
 
@@ -77,15 +76,6 @@ def test_where_there_is_more_to_a_product_it_is_torchs(taken):
         assert product(x.double(), y.double()).dtype == torch.float64
         product(x[:100], y)
     assert not taken
-
-
-def test_a_layer_without_a_gradient_goes_there(taken):
-    x, weight = matrices()
-    bias = torch.randn(WIDTH)
-    wanted = torch.nn.functional.linear(x, weight, bias)
-    with torch.no_grad():
-        torch.testing.assert_close(linear(x, weight, bias), wanted, atol=1e-4, rtol=1e-5)
-    assert taken == [(ROWS, WIDTH, WIDTH)]
 
 
 @pytest.mark.parametrize("probes", [None, 2])

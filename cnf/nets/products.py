@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 
 from cnf.compiling import by_columns
-from cnf.onednn import product
 
 # Columns below which a product can take several times as long as its transpose; MKL's did from 2
 # to 8 columns (`python -m benchmarks products`), one column being a matter of its own.
@@ -40,11 +39,8 @@ def linear(
         # minus, because compilers make a sum part of the product, which writes the bias out first
         return value.t() if bias is None else (value - (-bias).unsqueeze(-1)).t()
     inputs = weight.shape[1]
-    compiling = torch.compiler.is_compiling()
-    if not torch.is_grad_enabled():
-        if not compiling and x.dim() == 2 and len(x) >= MANY:
-            return product(x, weight.t(), bias)
-    elif 1 < inputs < FEW and weight.stride(0) > 1 and (compiling or x.numel() >= MANY * inputs):
+    few = 1 < inputs < FEW and weight.stride(0) > 1 and torch.is_grad_enabled()
+    if few and (torch.compiler.is_compiling() or x.numel() >= MANY * inputs):
         # torch derives the gradients' orientations from how the weight lies in memory
         weight = weight.t().contiguous().t()
     return apply_linear(x, weight, bias)
