@@ -194,5 +194,8 @@ def _is_product(node: Node) -> bool:
     kinds = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
     if node.target not in kinds or node.kwargs:
         return False
-    values = [operand.meta["val"] for operand in node.args]  # type: ignore[union-attr]
-    return all(value.dtype == torch.float32 and value.device.type == "cpu" for value in values)
+    values = [operand.meta.get("val") for operand in node.all_input_nodes]
+    return all(
+        isinstance(value, Tensor) and value.dtype == torch.float32 and value.device.type == "cpu"
+        for value in values
+    )

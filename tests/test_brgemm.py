@@ -107,6 +107,14 @@ def test_what_has_no_numbers():
 
 
 @torch.no_grad()
+def test_infinite_numbers_and_none_stay():
+    x, _, w, _ = numbers(90, 70, 33)
+    x[1, 2], x[3, 4], w[5, 6] = torch.nan, torch.inf, -torch.inf
+    found, wanted = compiling.compiled(torch.mm)(x, w), x @ w
+    torch.testing.assert_close(found, wanted, equal_nan=True, atol=2e-5, rtol=2e-5)
+
+
+@torch.no_grad()
 def test_threads_share_a_product():
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
