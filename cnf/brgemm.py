@@ -23,7 +23,13 @@ ROWS, COLUMNS, INNER = 64, 256, 256
 # multiplications below which other threads are not worth waking
 SHARED = 1 << 18
 
+# ways for operands and a result to lie that oneDNN, which forgets none, makes kernels for
+WAYS = 64
+
 SOURCE = r"""
+#include <array>
+#include <set>
+
 namespace at::native::cpublas {{
 void brgemm(
     int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const float*, const float*, float*,
@@ -41,34 +47,50 @@ extern "C" {definition} {{
   const int64_t left_step = std::max<int64_t>({left_step}, left_turned ? rows : inner);
   const int64_t right_step = std::max<int64_t>({right_step}, right_turned ? inner : columns);
   if (inner == 0) std::fill_n(result, rows * columns, 0.0f);
-  // copies lie a little apart from where caches would put all of their rows in the same place
-  const int64_t deepest = std::min<int64_t>({INNER}, inner), left_apart = deepest + 16;
-  const int64_t widest = std::min<int64_t>({COLUMNS}, columns), right_apart = widest + 16;
-  const bool right_copied = right_turned || (rows > 2 * {ROWS} && right_step > 2 * {COLUMNS});
+  static thread_local std::set<std::array<int64_t, 3>> ways;
+  const std::array<int64_t, 3> way{{left_step, right_step, columns}};
+  // of more ways than these, copies are multiplied, which lie as others do
+  const bool in_place =
+      ways.count(way) || (ways.size() < {WAYS} && ways.insert(way).second);
+  const bool left_copied = left_turned || !in_place;
+  const bool right_wide = rows > 2 * {ROWS} && right_step > 2 * {COLUMNS};
+  const bool right_copied = right_turned || right_wide || !in_place;
+  // a little apart from where caches would put all rows in the same place
+  constexpr int64_t left_apart = {INNER} + 16, right_apart = {COLUMNS} + 16;
+  const int64_t deepest = std::min<int64_t>({INNER}, inner);
+  const auto copy = [](const float* from, int64_t step, float* to, int64_t apart, int64_t m,
+                       int64_t n) {{
+    for (int64_t i = 0; i < m; i++) std::copy_n(from + i * step, n, to + i * apart);
+  }};
   // each of a part's rows and columns is one thread's
   const auto part = [&](int64_t first_row, int64_t row_end, int64_t first, int64_t end) {{
-    std::unique_ptr<float[]> lefts(left_turned ? new float[{ROWS} * left_apart] : nullptr);
+    std::unique_ptr<float[]> lefts(left_copied ? new float[{ROWS} * left_apart] : nullptr);
     std::unique_ptr<float[]> rights(right_copied ? new float[deepest * right_apart] : nullptr);
+    std::unique_ptr<float[]> results(in_place ? nullptr : new float[{ROWS} * right_apart]);
     for (int64_t j = first; j < end; j += {COLUMNS}) {{
       const int64_t n = std::min<int64_t>({COLUMNS}, end - j);
       for (int64_t k = 0; k < inner; k += {INNER}) {{
         const int64_t depth = std::min<int64_t>({INNER}, inner - k);
         const float* b = right + (right_turned ? j * right_step + k : k * right_step + j);
-        if (right_turned) {{
+        if (right_turned)
           transpose_mxn<float>(b, right_step, rights.get(), right_apart, n, depth);
-        }} else if (right_copied) {{
-          for (int64_t p = 0; p < depth; p++)
-            std::copy_n(b + p * right_step, n, rights.get() + p * right_apart);
-        }}
+        else if (right_copied)
+          copy(b, right_step, rights.get(), right_apart, depth, n);
         for (int64_t i = first_row; i < row_end; i += {ROWS}) {{
           const int64_t m = std::min<int64_t>({ROWS}, row_end - i);
           const float* a = left + (left_turned ? k * left_step + i : i * left_step + k);
-          if (left_turned) transpose_mxn<float>(a, left_step, lefts.get(), left_apart, depth, m);
+          float* c = result + i * columns + j;
+          if (left_turned)
+            transpose_mxn<float>(a, left_step, lefts.get(), left_apart, depth, m);
+          else if (left_copied)
+            copy(a, left_step, lefts.get(), left_apart, m, depth);
+          if (!in_place && k > 0) copy(c, columns, results.get(), right_apart, m, n);
           at::native::cpublas::brgemm(
-              m, n, depth, left_turned ? left_apart : left_step,
-              right_copied ? right_apart : right_step, columns, k > 0,
-              left_turned ? lefts.get() : a, right_copied ? rights.get() : b,
-              result + i * columns + j, false);
+              m, n, depth, left_copied ? left_apart : left_step,
+              right_copied ? right_apart : right_step, in_place ? columns : right_apart, k > 0,
+              left_copied ? lefts.get() : a, right_copied ? rights.get() : b,
+              in_place ? c : results.get(), false);
+          if (!in_place) copy(results.get(), right_apart, c, columns, m, n);
         }}
       }}
     }}
@@ -140,6 +162,7 @@ class Product(CppTemplate):
             COLUMNS=COLUMNS,
             INNER=INNER,
             SHARED=SHARED,
+            WAYS=WAYS,
         )
         return self.header().getvalue() + body
 

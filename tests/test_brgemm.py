@@ -73,6 +73,19 @@ def test_numbers_may_lie_as_they_like(inner, columns, native):
         close(run(*given), products(*given))
 
 
+@torch.no_grad()
+def test_many_ways_to_lie(monkeypatch):
+    from cnf import brgemm
+
+    monkeypatch.setattr(brgemm, "WAYS", 2)
+    monkeypatch.setattr(brgemm.Rewriting, "uuid", lambda self: "two ways")
+    run = compiling.compiled(products, dynamic=True, native=True)
+    for inner, columns in [(64, 64), (300, 70)]:
+        for rows in (3, 64, 700, 65, 701):
+            given = numbers(rows, inner, columns)
+            close(run(*given), products(*given))
+
+
 def test_code_is_for_all_batches():
     run = compiling.compiled(torch.mm, dynamic=True)
     before = counters["stats"]["unique_graphs"]
