@@ -22,7 +22,6 @@ from torch.fx import Graph, Node
 ROWS, COLUMNS, INNER = 64, 256, 256
 # multiplications below which other threads are not worth waking
 SHARED = 1 << 18
-
 # ways for operands and a result to lie that oneDNN, which forgets none, makes kernels for
 WAYS = 64
 
