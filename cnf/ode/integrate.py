@@ -429,14 +429,15 @@ class _Checkpointed(torch.autograd.Function):
         path = problem.walk(flat)
         ctx.problem = problem
         ctx.steps, ctx.arrivals, ctx.indices = path.steps, path.arrivals, list(path.kept)
-        ctx.save_for_backward(*path.kept.values())
+        # the parameters too, as under the adjoint
+        ctx.save_for_backward(*path.kept.values(), *parameters)
         return path.solution
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise SecondOrderGradient("checkpoint")
-        kept = dict(zip(ctx.indices, ctx.saved_tensors, strict=True))
+        kept = dict(zip(ctx.indices, ctx.saved_tensors, strict=False))
         path = stepper.Path(gradient, ctx.steps, ctx.arrivals, kept)
         start, grads = ctx.problem.differentiate_walk(path, gradient)
         return None, start, *grads
