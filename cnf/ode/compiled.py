@@ -10,6 +10,8 @@ import collections
 import contextlib
 import functools
 import inspect
+import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from cnf import compiling
 from cnf.ode import stepper, traced, transfer
-from cnf.ode.errors import CompilationError
+from cnf.ode.errors import CompilationError, SolverWarning
 from cnf.ode.guard import State, Velocity, Watch, cut, finite
 from cnf.ode.runge_kutta import Step, Steps, Trial
 from cnf.ode.solver import ADAPTIVE, Solver
@@ -166,8 +168,8 @@ class CompiledSteps:
                 after, slope, found, states, passed = self.code.arrive(
                     look, self.looped, numbers, self._apart(after), slopes, room
                 )
-            except CompilationError:
-                self._refuse("arrive")
+            except CompilationError as error:
+                self._refuse("arrive", error)
                 return None
             time, size, accepted, rejected = found.tolist()
             if time != end and not (keep and accepted == ROOM):
@@ -243,8 +245,8 @@ class CompiledSteps:
             found = self.code.retrace(
                 look, self.looped, self.velocity.swap, passed, states, adjoints, tuple(tracked)
             )
-        except CompilationError:
-            self._refuse("retrace")
+        except CompilationError as error:
+            self._refuse("retrace", error)
             return None
         if not finite(found):
             return None
@@ -267,9 +269,16 @@ class CompiledSteps:
         refused = self.code.refused
         return not refused or (kind, _known_as(self.looped.rhs)) not in refused
 
-    def _refuse(self, kind: str) -> None:
+    def _refuse(self, kind: str, error: CompilationError) -> None:
         if self.looped is not None:
             self.code.refused.add((kind, _known_as(self.looped.rhs)))
+        reason = textwrap.shorten(error.reason, 400)  # some compilers go on for pages
+        warnings.warn(
+            "torch.compile cannot make one piece of code of all steps, so they are compiled one "
+            f"by one, which is slower: {reason}",
+            SolverWarning,
+            stacklevel=2,
+        )
 
     def _numbers(self, y: Tensor, time: float, size: float) -> Tensor:
         # as one tensor: code that was compiled for one number would be compiled again for the next

@@ -95,9 +95,14 @@ class SolverWarning(UserWarning):
 
 
 class CompilationError(RuntimeError):
-    """A velocity that the compiler cannot follow."""
+    """A velocity that the compiler cannot follow.
+
+    Attributes:
+        reason: what the compiler says.
+    """
 
     def __init__(self, reason: str):
+        self.reason = reason
         super().__init__(
             "torch.compile cannot make one piece of code of the solver's steps around this field; "
             f"say Solver(compile=False), or mend what it names: {reason}"

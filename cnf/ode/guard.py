@@ -258,7 +258,10 @@ class Velocity:
         try:
             self._check_tracked([t, *proper, *others], parts)
         except UntrackedTensor as error:
-            raise CompilationError(str(error)) from error
+            raise CompilationError(
+                "the field uses parameters that it does not look up by their names, such as those "
+                "in a list of its own"
+            ) from error
 
     def split(self, flat: Tensor) -> State:
         """The parts of the state in a flat vector, or in several: ``(*times, size)``."""
