@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 # a loop's body is part of what torch's cache on disk goes by, but has to be said to be
 CACHED = {"torch.ops.higher_order.while_loop": torch.__version__}
+# how many kinds of arguments a function is compiled for
+VARIANTS = 64
 # modes that take CUDA graphs, where there is CUDA
 GRAPHED = ("reduce-overhead", "max-autotune")
 
@@ -32,10 +34,12 @@ def compiled(
     dynamic: bool | None = None,
     whole: bool = False,
     constants: bool = False,
-    variants: int | None = None,
     native: bool = False,
 ) -> Callable[..., T]:
     """A function as compiled code of its own; the first call of each variant pays for it.
+
+    Beyond so many variants it runs uncompiled, or with ``whole`` is an error. Tensors reach it row
+    by row, because each way to lie would be a variant.
 
     Without the C++ compiler that Inductor needs it is the function itself, with a warning.
 
@@ -46,9 +50,6 @@ def compiled(
         dynamic: as in ``torch.compile``.
         whole: raise where torch would compile around what it cannot follow.
         constants: make Python's floats part of the code: faster, and each new value compiles again.
-        variants: how many kinds of arguments are compiled; the others run uncompiled, or with
-            ``whole`` are an error. None leaves it to torch, as does a torch that knows no such
-            number.
         native: have Inductor call its kernels from C++ as well, which pays where they are short.
     """
     if backend == "inductor" and not has_compiler():
@@ -62,7 +63,7 @@ def compiled(
         # what is called from C++ by a longer way is right, and nobody can do anything about it
         logging.getLogger("torch._inductor.ir").addFilter(_worth_saying)
     known = inspect.signature(torch.compile).parameters
-    wanted: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": variants}
+    wanted: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": VARIANTS}
     limits = {name: value for name, value in wanted.items() if name in known}
     telling: dict[str, Any] = {"mode": mode}
     if backend == "inductor" or mode is None:
@@ -79,6 +80,9 @@ def compiled(
 
     @functools.wraps(function)
     def call(*arguments: Any) -> T:
+        arguments = tuple(
+            value.contiguous() if isinstance(value, Tensor) else value for value in arguments
+        )
         # to tell a compiler takes as long as a layer does, and what is compiled needs no telling
         kind = None if whole else _kind(arguments)
         if kind in told or _settled(constants):

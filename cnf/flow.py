@@ -446,7 +446,9 @@ class Flow(nn.Module):
         The solver's loop stays what it is: continuous blocks compile their steps, as
         ``Solver(compile=mode or backend)`` does, where their solver can. On a CPU, a direction in
         which an autoregressive transform finds more than a few features one after the other stays
-        uncompiled, too. Call this where the flow is to stay: code is made for its device.
+        uncompiled, too. Call this where the flow is to stay: code is made for its device, and for
+        each kind of call: with gradients or without, other batch axes, a batch of one. It has
+        first derivatives only, and knows the hooks that there were when it was made.
 
         Args:
             backend: as in ``torch.compile``.

@@ -14,6 +14,7 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 import cnf
 from cnf import compiling
@@ -185,12 +186,34 @@ def test_a_compiler_is_told_once_for_each_kind_of_call(monkeypatch):
     monkeypatch.setattr(compiling, "settings", counting)
     run = compiling.compiled(function, backend="aot_eager")
     x = torch.randn(3, 3)
-    kinds = [x, x[:2], x.t(), x.double(), x.clone().requires_grad_()]
+    kinds = [x, x[:2], x.double(), x.clone().requires_grad_()]
     for count, (value, grad) in enumerate(itertools.product(kinds, [True, False]), 1):
         with torch.set_grad_enabled(grad):
             for again in (value, value.detach().clone().requires_grad_(value.requires_grad)):
                 torch.testing.assert_close(run(again), function(again))
                 assert len(told) == count
+
+
+def test_however_points_lie_they_take_the_same_code():
+    torch.compiler.reset()
+    flow, x = flow_of_many_kinds(), torch.randn(6, 2)
+    flow.eval().compile(backend="aot_eager").log_prob(x)
+    before = counters["stats"]["unique_graphs"]
+    for lying in (x.t().contiguous().t(), x[:1].expand(6, 2), torch.randn(12, 4)[::2, 1:3]):
+        found, wanted = flow.log_prob(lying), copy.deepcopy(flow).log_prob(lying)
+        torch.testing.assert_close(found, wanted)
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def test_a_flow_is_compiled_for_many_kinds_of_calls():
+    torch.compiler.reset()
+    flow = flow_of_many_kinds().eval()
+    flow.compile(backend="aot_eager", dynamic=False)
+    for count in range(2, 14):
+        flow.log_prob(torch.randn(count, 2))
+    before = counters["stats"]["unique_graphs"]
+    flow.log_prob(torch.randn(20, 2))
+    assert counters["stats"]["unique_graphs"] > before
 
 
 class Moved(Transform):

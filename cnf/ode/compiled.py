@@ -30,8 +30,6 @@ from cnf.ode.transfer import Answer, send
 
 T = TypeVar("T")
 
-# how many different specs a process compiles
-VARIANTS = 64
 # backends that are known to follow torch.while_loop
 LOOPING = ("inductor", "eager", "aot_eager")
 # how many states a loop has room to keep; where it runs out another one begins
@@ -402,7 +400,6 @@ def code(backend: str, mode: str | None = None) -> Code:
             whole=True,
             # a method's coefficients, handed in as variables, cost as much as a small net
             constants=True,
-            variants=VARIANTS,
             native=native,
         )
 
