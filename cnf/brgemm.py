@@ -19,7 +19,7 @@ from torch._inductor.virtualized import V
 from torch.fx import Graph, Node
 
 # Blocks of a product, whose numbers stay in a core's nearest cache, and of what is summed over.
-ROWS, COLUMNS, INNER = 64, 256, 256
+ROWS, COLUMNS, INNER = 64, 256, 128
 # multiplications below which other threads are not worth waking
 SHARED = 1 << 18
 # ways for operands and a result to lie that oneDNN, which forgets none, makes kernels for
@@ -28,6 +28,7 @@ WAYS = 64
 SOURCE = r"""
 #include <array>
 #include <set>
+#include <xmmintrin.h>
 
 namespace at::native::cpublas {{
 void brgemm(
@@ -36,7 +37,6 @@ void brgemm(
 }}
 
 extern "C" {definition} {{
-  using at::vec::transpose_mxn;
   const float* left = &{left};
   const float* right = &{right};
   float* result = &{result};
@@ -52,7 +52,7 @@ extern "C" {definition} {{
   const bool in_place =
       ways.count(way) || (ways.size() < {WAYS} && ways.insert(way).second);
   const bool left_copied = left_turned || !in_place;
-  const bool right_wide = rows > 2 * {ROWS} && right_step > 2 * {COLUMNS};
+  const bool right_wide = 2 * rows >= {ROWS} && right_step > 2 * {COLUMNS};
   const bool right_copied = right_turned || right_wide || !in_place;
   // a little apart from where caches would put all rows in the same place
   constexpr int64_t left_apart = {INNER} + 16, right_apart = {COLUMNS} + 16;
@@ -60,6 +60,26 @@ extern "C" {definition} {{
   const auto copy = [](const float* from, int64_t step, float* to, int64_t apart, int64_t m,
                        int64_t n) {{
     for (int64_t i = 0; i < m; i++) std::copy_n(from + i * step, n, to + i * apart);
+  }};
+  // rows become columns, four by four
+  const auto turn = [](const float* from, int64_t step, float* to, int64_t apart, int64_t m,
+                       int64_t n) {{
+    const int64_t tiled_m = m / 4 * 4, tiled_n = n / 4 * 4;
+    for (int64_t i = 0; i < tiled_m; i += 4)
+      for (int64_t j = 0; j < tiled_n; j += 4) {{
+        const float* tile = from + i * step + j;
+        float* turned = to + j * apart + i;
+        __m128 first = _mm_loadu_ps(tile), second = _mm_loadu_ps(tile + step),
+               third = _mm_loadu_ps(tile + 2 * step), fourth = _mm_loadu_ps(tile + 3 * step);
+        _MM_TRANSPOSE4_PS(first, second, third, fourth);
+        _mm_storeu_ps(turned, first);
+        _mm_storeu_ps(turned + apart, second);
+        _mm_storeu_ps(turned + 2 * apart, third);
+        _mm_storeu_ps(turned + 3 * apart, fourth);
+      }}
+    for (int64_t i = 0; i < m; i++)
+      for (int64_t j = i < tiled_m ? tiled_n : 0; j < n; j++)
+        to[j * apart + i] = from[i * step + j];
   }};
   // each of a part's rows and columns is one thread's
   const auto part = [&](int64_t first_row, int64_t row_end, int64_t first, int64_t end) {{
@@ -72,7 +92,7 @@ extern "C" {definition} {{
         const int64_t depth = std::min<int64_t>({INNER}, inner - k);
         const float* b = right + (right_turned ? j * right_step + k : k * right_step + j);
         if (right_turned)
-          transpose_mxn<float>(b, right_step, rights.get(), right_apart, n, depth);
+          turn(b, right_step, rights.get(), right_apart, n, depth);
         else if (right_copied)
           copy(b, right_step, rights.get(), right_apart, depth, n);
         for (int64_t i = first_row; i < row_end; i += {ROWS}) {{
@@ -80,7 +100,7 @@ extern "C" {definition} {{
           const float* a = left + (left_turned ? k * left_step + i : i * left_step + k);
           float* c = result + i * columns + j;
           if (left_turned)
-            transpose_mxn<float>(a, left_step, lefts.get(), left_apart, depth, m);
+            turn(a, left_step, lefts.get(), left_apart, depth, m);
           else if (left_copied)
             copy(a, left_step, lefts.get(), left_apart, m, depth);
           if (!in_place && k > 0) copy(c, columns, results.get(), right_apart, m, n);

@@ -137,7 +137,7 @@ def _options(backend: str, mode: str | None, native: bool) -> dict[str, Any]:
 def _rewriting() -> Any:
     """What Inductor does with a graph last: what it is told to, or products the fast way."""
     told = torch._inductor.config.post_grad_custom_post_pass
-    if told is not None or not onednn.has_blocks() or not onednn.pays():
+    if told is not None or not onednn.blocks_pay():
         return told
     from cnf.brgemm import Rewriting
 

@@ -1,9 +1,9 @@
-"""Products of matrices by oneDNN, on CPUs that MKL has no code of its own for.
+"""Products of matrices by oneDNN, on CPUs that MKL makes less of.
 
 PyTorch multiplies on x86 by MKL, whose code for other makers' processors uses vectors of 256 bits
-where they have 512. oneDNN, which PyTorch has, too, goes by what a processor can do. Called from
-Python it takes longer to start than a small product takes; compiled code calls its kernels for
-blocks (``brgemm``), which start at once.
+where they have 512, and is not its best for those of 256. oneDNN, which PyTorch has, too, goes by
+what a processor can do. Called from Python it takes longer to start than a small product takes;
+compiled code calls its kernels for blocks (``brgemm``), which start at once.
 """
 
 from __future__ import annotations
@@ -29,21 +29,32 @@ BLOCKS = "_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb"
 BLOCKS_SINCE = "2.13"
 
 
-@functools.cache
 def pays() -> bool:
-    """Whether MKL makes less of this processor than oneDNN does."""
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    # a library that is loaded before torch may answer in MKL's place
-    answers = (getattr(_library(path), ASKED, None) for path in (None, TORCH))
-    is_intels = next((answer for answer in answers if answer is not None), None)
-    if not wide or not torch.backends.mkldnn.is_available() or is_intels is None:
-        return False
-    return not is_intels()
+    """Whether large products are faster by oneDNN than by MKL when Python asks for them."""
+    return _is_foreign() and _capability() == "AVX512"
+
+
+def blocks_pay() -> bool:
+    """Whether all products in compiled code are faster by oneDNN's kernels for blocks."""
+    return _is_foreign() and _capability() in ("AVX2", "AVX512") and has_blocks()
 
 
 def has_blocks() -> bool:
-    """Whether compiled code is known to find oneDNN's kernels for blocks in this torch."""
+    """Whether compiled code is known to find those kernels in this torch."""
     return torch.__version__ >= BLOCKS_SINCE and hasattr(_library(TORCH), BLOCKS)
+
+
+@functools.cache
+def _is_foreign() -> bool:
+    """Whether MKL takes this processor for one of another maker's, and there is oneDNN."""
+    # a library that is loaded before torch may answer in MKL's place
+    answers = (getattr(_library(path), ASKED, None) for path in (None, TORCH))
+    is_intels = next((answer for answer in answers if answer is not None), None)
+    return is_intels is not None and not is_intels() and torch.backends.mkldnn.is_available()
+
+
+def _capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def _library(path: Path | None) -> ctypes.CDLL | None:

@@ -14,7 +14,8 @@ from cnf import compiling, onednn
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler"),
     pytest.mark.skipif(
-        torch.backends.cpu.get_cpu_capability() != "AVX512" or not onednn.has_blocks(),
+        torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512")
+        or not onednn.has_blocks(),
         reason="needs a CPU and a torch with oneDNN's kernels for blocks",
     ),
 ]
@@ -23,7 +24,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def paying(monkeypatch):
     torch.compiler.reset()
-    monkeypatch.setattr(onednn, "pays", lambda: True)
+    monkeypatch.setattr(onednn, "blocks_pay", lambda: True)
 
 
 def close(found, wanted):

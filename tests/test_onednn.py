@@ -113,34 +113,36 @@ def test_what_others_do_to_graphs_stays(monkeypatch):
     def mine(graph):
         return None
 
-    monkeypatch.setattr(onednn, "pays", lambda: True)
+    monkeypatch.setattr(onednn, "blocks_pay", lambda: True)
     assert compiling._rewriting() is not None
     with torch._inductor.config.patch(post_grad_custom_post_pass=mine):
         assert compiling._rewriting() is mine
-    monkeypatch.setattr(onednn, "pays", lambda: False)
+    monkeypatch.setattr(onednn, "blocks_pay", lambda: False)
     assert compiling._rewriting() is None
 
 
 @pytest.fixture
 def asked():
-    onednn.pays.cache_clear()
+    onednn._is_foreign.cache_clear()
     yield
-    onednn.pays.cache_clear()
+    onednn._is_foreign.cache_clear()
 
 
 @pytest.mark.parametrize(
-    ("capability", "intels", "told", "pays"),
+    ("capability", "intels", "told", "called", "compiled"),
     [
-        ("AVX512", 0, None, True),
-        ("AVX512", 0, 0, True),
-        ("AVX512", 0, 1, False),
-        ("AVX512", 1, None, False),
-        ("AVX2", 0, None, False),
-        ("AVX512", None, None, False),
+        ("AVX512", 0, None, True, True),
+        ("AVX512", 0, 0, True, True),
+        ("AVX512", 0, 1, False, False),
+        ("AVX512", 1, None, False, False),
+        ("AVX512", None, None, False, False),
+        ("AVX2", 0, None, False, True),
+        ("AVX2", 1, None, False, False),
+        ("DEFAULT", 0, None, False, False),
     ],
 )
-def test_it_pays_where_mkl_takes_a_wide_processor_for_another(
-    capability, intels, told, pays, asked, monkeypatch
+def test_it_pays_where_mkl_takes_a_processor_for_another_makers(
+    capability, intels, told, called, compiled, asked, monkeypatch
 ):
     class Library:
         def __init__(self, path):
@@ -149,5 +151,8 @@ def test_it_pays_where_mkl_takes_a_wide_processor_for_another(
                 self.mkl_serv_intel_cpu_true = lambda: answer
 
     monkeypatch.setattr(ctypes, "CDLL", Library)
+    monkeypatch.setattr(onednn, "has_blocks", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert onednn.pays() is pays
+    assert (onednn.pays(), onednn.blocks_pay()) == (called, compiled)
+    monkeypatch.setattr(onednn, "has_blocks", lambda: False)
+    assert not onednn.blocks_pay()
