@@ -1,8 +1,9 @@
-"""A compiled training step of this checkout beside other revisions', in turn.
+"""A compiled training step, or samples, of this checkout beside other revisions', in turn.
 
     python -m benchmarks revisions HEAD~1 --batches 16 512 --probes 1
+    python -m benchmarks revisions HEAD~1 --batches 512 --kind samples --features 63
 
-says what a change brought: single changes bring less than a machine drifts between two runs.
+say what a change brought: single changes bring less than a machine drifts between two runs.
 """
 
 from __future__ import annotations
@@ -28,11 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("revisions", nargs="+", help="what git knows them by")
     parser.add_argument("--batches", type=harness.count, nargs="+", default=[16, 512])
     parser.add_argument(
-        "--gradient", choices=["checkpoint", "adjoint"], default="checkpoint", help="its mode"
+        "--kind",
+        choices=["checkpoint", "adjoint", "samples"],
+        default="checkpoint",
+        help="samples, or a training step by its gradient",
     )
     parser.add_argument(
-        "--probes", type=int, choices=[0, 1], default=0, help="0 (default) is the exact divergence"
+        "--probes",
+        type=int,
+        choices=[0, 1],
+        default=0,
+        help="of a training step; 0 (default) is the exact divergence",
     )
+    parser.add_argument("--features", type=harness.count, default=2, help="D")
     parser.add_argument(
         "--processes", type=harness.count, default=5, help="of each, whose median counts"
     )
@@ -40,18 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    tables = []
+    kind, tables = options.kind, []
+    if kind == "samples" and options.probes:
+        raise SystemExit("samples have no divergence: leave out --probes")
     with tempfile.TemporaryDirectory() as folder:
         places = {"this checkout": HERE}
         for revision in dict.fromkeys(map(_named, options.revisions)):
             places[revision] = _unpacked(revision, Path(folder) / revision)
-        alike = options.probes, options.threads
+        alike = options.probes, options.features, options.threads
         for place in places.values():
             # for all batches; a process that has compiled is slower than one that finds its code
-            Trained(place, options.gradient, options.batches[0], *alike).close()
+            Called(place, kind, options.batches[0], *alike).close()
         for batch in options.batches:
             entrants = [
-                (name, Trained(place, options.gradient, batch, *alike))
+                (name, Called(place, kind, batch, *alike))
                 for _ in range(options.processes)
                 for name, place in places.items()
             ]
@@ -62,31 +73,36 @@ def run(options: argparse.Namespace) -> None:
                 entrant.close()
             found = [(name, row.ms) for (name, _), row in zip(entrants, rows, strict=True)]
             trace = "one probe" if options.probes else "exact divergence"
-            title = f"Likelihood training step, {options.gradient}, {trace}, batch {batch}"
+            step = f"Likelihood training step, {kind}, {trace}"
+            what = "Samples" if kind == "samples" else step
+            title = f"{what}, D = {options.features}, batch {batch}"
             note = f"{options.processes} processes of each, {rounds} rounds."
             tables.append(harness.table(title, list(_rows(found, [*places])), note))
     if options.out is None:
         for table in tables:
             print(f"{table['title']}\n\n{harness.markdown(table['cells'])}\n")
     else:
-        harness.write("revisions", tables, options.out)
+        harness.write(f"revisions-{kind}-{options.features}", tables, options.out)
 
 
-class Trained:
-    """A training step in a process of its own, which imports what lies in a folder.
+class Called:
+    """A training step or samples in a process of its own, which imports what lies in a folder.
 
     Args:
         place: the folder.
-        gradient: mode of the solver.
+        kind: "samples", or the gradient mode of training.
         batch: samples.
         probes: one, or none for the exact divergence.
+        features: D.
         threads: for its operations.
     """
 
-    def __init__(self, place: Path, gradient: str, batch: int, probes: int, threads: int):
+    def __init__(
+        self, place: Path, kind: str, batch: int, probes: int, features: int, threads: int
+    ):
         # by its source, because older revisions do not have it
         program = f"{inspect.getsource(serve)}\nserve()"
-        words = [gradient, str(batch), str(probes), str(threads)]
+        words = [kind, *map(str, (batch, probes, features, threads))]
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", program, *words],
             cwd=place,
@@ -97,10 +113,10 @@ class Trained:
         self.requests = cast(Any, self.process.stdin)
         self.answers = cast(Any, self.process.stdout)
         if not self.answers.readline():
-            raise SystemExit(f"a training step does not run in {place}; what it says stands above")
+            raise SystemExit(f"nothing runs in {place}; what is wrong stands above")
 
     def __call__(self) -> None:
-        """Take a step."""
+        """Call once."""
         self.requests.write(b"\n")
         self.requests.flush()
         self.answers.readline()
@@ -128,23 +144,29 @@ def _rows(found: list[tuple[str, float]], names: list[str]) -> Iterator[dict[str
 
 
 def serve() -> None:
-    """Take a step for each line that comes; the first is taken before."""
+    """Call once for each line that comes, and once before."""
     import sys
 
     import torch
 
-    from benchmarks.continuous import cnf_modes, ours, trained
+    import cnf
+    from benchmarks.continuous import TOLERANCE, cnf_modes, flow_with, ours, trained
 
-    gradient, batch, probes, threads = sys.argv[1], *map(int, sys.argv[2:])
+    kind, batch, probes, features, threads = sys.argv[1], *map(int, sys.argv[2:])
     torch.set_num_threads(threads)
-    field, data = trained(2)
+    field, data = trained(features)
     x = data[:batch]
-    probe = torch.ones_like(x) if probes else None  # that there is one: the step draws its own
-    step = ours(field, x, probe, cnf_modes()[f"{gradient}, compiled"])
-    step.call()
+    if kind == "samples":
+        solver = cnf.Solver(rtol=TOLERANCE, atol=TOLERANCE, compile=True)
+        flow = flow_with(field, solver).eval()
+        call = torch.no_grad()(lambda: flow.decode(x))
+    else:
+        probe = torch.ones_like(x) if probes else None  # that there is one: the step draws its own
+        call = ours(field, x, probe, cnf_modes()[f"{kind}, compiled"]).call
+    call()
     print("ready", flush=True)
     for _ in sys.stdin:
-        step.call()
+        call()
         print("done", flush=True)
 
 
