@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from cnf.data import DataError
 from cnf.distributions import Normal
 from cnf.flow import Flow
-from cnf.models import ffjord
+from cnf.models import ffjord, glow, realnvp
 from cnf.objectives import FlowMatching, Loss, MaximumLikelihood, Objective
 from cnf.ode import NonFiniteState
 from cnf.training import History, TrainingError, checkpoint, fit
@@ -564,6 +565,30 @@ def test_a_validation_that_fails_is_survived():
     assert history.validations == []
     assert history.failures.keys() == {"NonFiniteState in validation"}
     assert not torch.equal(flow.transform.shift, Affine(2).shift)
+
+
+def test_a_validation_that_is_not_finite_is_counted():
+    class Overflowing(Affine):
+        def inverse(self, x, context=None, request=None):
+            z, log_det, costs = super().inverse(x, context, request)
+            return Mapped(z, log_det if self.training else log_det - math.inf, costs)
+
+    history = fit(Flow(Overflowing(2), Normal((2,))), gaussian(300), steps=20)
+    assert history.validations == []
+    assert history.failures.keys() == {"non-finite validation"}
+
+
+def test_a_validation_row_without_a_density_is_refused():
+    x = gaussian(300).exp()
+    held = x[:30].clone()
+    held[7, 1] = 0
+    flow = realnvp(2, support="positive")
+    with pytest.raises(DataError, match=r"1 of 30 validation samples .* in row 7 of them: \("):
+        fit(flow, x, validation=held, steps=1)
+    images = torch.randint(0, 16, (50, 1, 4, 4)).float()
+    flow = glow((1, 4, 4), levels=1, depth=1, hidden=(4, 4), dequantize="uniform", bins=16)
+    with pytest.raises(DataError, match="from 0 to 15, got 1 validation samples"):
+        fit(flow, images, validation=torch.cat([images[:9], images[:1] + 0.5]), steps=1)
 
 
 # ---- interrupts and checkpoints ----------------------------------------------------------------

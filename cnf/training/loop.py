@@ -110,6 +110,7 @@ def fit(
 
     Raises:
         TrainingError: if too many steps fail. The flow then has the best weights so far.
+        DataError: if rows lie where the flow can have no density, such as outside of its support.
         CheckpointError: if ``resume`` finds the checkpoint of another flow or another fit.
 
     Example:
@@ -168,6 +169,7 @@ def fit(
         "sequence of objectives": [name for name, _ in objectives],
         "optimizer": optimizer,
     }
+    _check(flow, held.x, "validation samples")
     folder = None if out is None else Path(out)
     saved = checkpoint.read(folder) if resume and folder is not None else None
     if saved is None and (initialize or (initialize is None and not bool(flow.initialized))):
@@ -220,6 +222,13 @@ def as_device(device: str | torch.device) -> torch.device:
 def _unscaled(flow: Flow) -> bool:
     """Whether the flow's standardisation is still the identity."""
     return bool((flow.scaling.loc == 0).all() and (flow.scaling.scale == 1).all())
+
+
+@torch.no_grad()
+def _check(flow: Flow, x: torch.Tensor, what: str) -> None:
+    """Refuse data that the flow can never give a density; one row of it would void every mean."""
+    flow.scaling.check(x, what)
+    flow.transform.check(flow.scaling.inverse(x).value, what)
 
 
 def _initialize(

@@ -288,13 +288,15 @@ class Run:
         history, start = self.history, self.clock.elapsed()
         self.flow.eval()
         with stage.updater.average.applied():
+            failed = "non-finite validation"
             try:
                 nats = self.validator.nats(self.flow)
             except NUMERICAL as error:
-                nats = math.inf
-                self._count(f"{type(error).__name__} in validation")
+                nats, failed = math.inf, f"{type(error).__name__} in validation"
             if math.isfinite(nats):
                 history.validations.append((history.steps, start, nats))
+            else:
+                self._count(failed)
             best = math.inf if history.best_validation is None else history.best_validation
             stage.stale = 0 if nats < best else stage.stale + 1
             if nats < best:

@@ -118,6 +118,17 @@ class Transform(nn.Module, ABC):
     ) -> None:
         """Set data-dependent parameters from a batch on the data's side; most have none."""
 
+    def check(self, x: Tensor, what: str = "samples") -> None:
+        """Refuse data that no parameters would give a density; most transforms take any.
+
+        Args:
+            x: on the data's side, ``(*batch, *event)``.
+            what: what to call them.
+
+        Raises:
+            DataError: if there are such.
+        """
+
     def latent_shape(self, event_shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of one latent ``z`` when one ``x`` has shape ``event_shape``."""
         return tuple(event_shape)
@@ -208,6 +219,11 @@ class Chain(Transform):
         for part in reversed(list(self)):
             part.initialize(x, context, request)
             x = part.inverse(x, context, request).value
+
+    def check(self, x: Tensor, what: str = "samples") -> None:
+        """What the part at the data's end says of them; the others see what it makes of them."""
+        if len(self):
+            self[-1].check(x, what)
 
     def latent_shape(self, event_shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of z, carried through every part from the data's end."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from cnf.data.errors import DataError
 from cnf.transforms.base import Mapped, Request, Transform
 
 
@@ -98,16 +99,20 @@ class Dequantize(Transform):
     def initialize(
         self, x: Tensor, context: Tensor | None = None, request: Request | None = None
     ) -> None:
-        """Check that the data are what this transform is for.
+        """Check that the data are what this transform is for."""
+        self.check(x)
+
+    def check(self, x: Tensor, what: str = "samples") -> None:
+        """Refuse samples that are not integers from 0 to bins − 1.
 
         Raises:
-            ValueError: if they are not integers from 0 to bins − 1.
+            DataError: if there are any.
         """
         valid = self._valid(x)
         if not bool(valid.all()):
             wrong = x[~valid]
-            raise ValueError(
-                f"dequantisation takes integers from 0 to {self.bins - 1}, got {len(wrong)} samples"
+            raise DataError(
+                f"dequantisation takes integers from 0 to {self.bins - 1}, got {len(wrong)} {what}"
                 f" with others, values from {wrong.min():g} to {wrong.max():g}: multiply and round"
                 " them, pass the right bins=…, or build the flow with dequantize='none'"
             )

@@ -145,16 +145,27 @@ class SupportedStandardize(Standardize):
             DataError: if a sample lies outside.
             ValueError: if there is no sample, or one is not finite.
         """
-        inner, log_det, _ = self.support.inverse(x)
-        outside = log_det == -math.inf
-        if bool(outside.any()):
-            raise DataError(
-                f"{int(outside.sum())} of {outside.numel()} samples lie outside of the flow's "
-                f"support {self.constraint}, its ends included; drop or move them, or build the "
-                "flow with another support"
-            )
-        super().fit(inner)
+        self.check(x)
+        super().fit(self.support.inverse(x).value)
         return self
+
+    @torch.no_grad()
+    def check(self, x: Tensor, what: str = "samples") -> None:
+        """Refuse samples outside of the support.
+
+        Raises:
+            DataError: if there are any.
+        """
+        outside = (self.support.inverse(x).log_det == -math.inf).flatten()
+        if bool(outside.any()):
+            row = int(outside.nonzero()[0])
+            first = x.reshape(len(outside), -1)[row].tolist()
+            said = ", ".join(f"{value:g}" for value in first[:5]) + ", …" * (len(first) > 5)
+            raise DataError(
+                f"{int(outside.sum())} of {len(outside)} {what} lie outside of the flow's "
+                f"support {self.constraint}, its ends included, the first in row {row} of them: "
+                f"({said}); drop or move them, or build the flow with another support"
+            )
 
     def forward(
         self, z: Tensor, context: Tensor | None = None, request: Request | None = None
