@@ -218,6 +218,18 @@ def test_a_fit_is_resumed(cnf, csv, monkeypatch, tmp_path) -> None:
     assert cnf("fit", *arguments, "run", "--resume", "--model", "maf")[0] == 2
 
 
+def test_a_flow_that_cannot_be_measured_is_kept(cnf, csv, monkeypatch, tmp_path) -> None:
+    def unmeasured(*given):
+        raise FloatingPointError("1 of 8 test points have no finite log-density")
+
+    monkeypatch.setattr("cnf.cli.fitting.measure", unmeasured)
+    code, out, _ = cnf("fit", csv, "--model", "nice", "--steps", 2, "--out", "run")
+    assert code == 2
+    assert "failed: 1 of 8 test points" in out
+    assert cnf("score", "run", csv)[0] == 0
+    assert cnf("plot", "run")[0] == 0
+
+
 def test_fit_a_toy_in_double_precision(cnf, tmp_path) -> None:
     code, out, _ = cnf("fit", "moons", "--model", "nice", "--steps", 2, "--double", "--out", "run")
     assert code == 0

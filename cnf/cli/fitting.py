@@ -28,7 +28,8 @@ from cnf.cli.app import (
 from cnf.compare import MODELS, compare
 from cnf.data import DataError
 from cnf.runs import RUN, SOURCE, claim, read_source, resolve, write_run, write_source
-from cnf.trial import measure, recipe, split, train
+from cnf.training import NUMERICAL
+from cnf.trial import Row, measure, recipe, split, train
 
 
 @app.command(
@@ -193,7 +194,10 @@ def fit_command(
         out=folder,
         resume=resume,
     )
-    row = measure(model, flow, history, parts)
+    try:
+        row = measure(model, flow, history, parts)
+    except (*NUMERICAL, FloatingPointError) as error:
+        row = Row(model, steps=history.steps, train_seconds=history.seconds, error=str(error))
     tested = "test points" if parts.truth is not None else "validation rows"
     results = row.as_dict() | {"tested_on": tested, "test_size": len(parts.test)}
     write_run(folder, flow, parts.source, history, results)
@@ -202,6 +206,8 @@ def fit_command(
     typer.echo(f"written: {folder}")
     if history.stopped == "interrupted":
         raise typer.Exit(130)
+    if row.error is not None:  # said above; the flow is kept all the same
+        raise typer.Exit(2)
 
 
 def _ends(support: str) -> str | tuple[float, float]:
