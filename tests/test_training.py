@@ -685,6 +685,17 @@ def test_resuming_something_else_is_refused(tmp_path):
         fit(affine(), gaussian(400), steps=5, out=tmp_path, resume=True)
     with pytest.raises(ValueError, match="another batch size"):
         fit(affine(), gaussian(300), steps=5, out=tmp_path, resume=True, batch_size=7)
+
+    def another(resume, **arguments):
+        flow = realnvp(2, hidden=(4,), **arguments)
+        fit(flow, gaussian(300).exp(), steps=5, out=tmp_path / "nice", resume=resume)
+
+    another(False, support="positive")
+    with pytest.raises(ValueError, match=r"another structure .*\(support\)"):
+        another(True)
+    with pytest.raises(ValueError, match=r"\): ReLU\(\)'\], .*: Tanh\(\)'\]"):
+        another(True, support="positive", activation="tanh")
+    another(True, support="positive")
     (tmp_path / "checkpoint.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is not a checkpoint of a fit"):
         fit(affine(), gaussian(300), steps=5, out=tmp_path, resume=True)

@@ -90,10 +90,26 @@ def restore_optimizers(
 def check_same(what: str, expected: Any, found: Any) -> None:
     """Refuse to continue a run with something else than it began with."""
     if expected != found:
+        if isinstance(expected, list) and isinstance(found, list):  # of long ones what differs
+            mine = [entry for entry in dict.fromkeys(expected) if entry not in found]
+            theirs = [entry for entry in dict.fromkeys(found) if entry not in expected]
+            if mine or theirs:
+                expected, found = mine, theirs
         raise CheckpointError(
             f"the checkpoint was made with another {what}: it has {found!r}, this fit has "
             f"{expected!r}; call fit as it was called before, or with resume=False"
         )
+
+
+def structure(module: torch.nn.Module) -> list[str]:
+    """What a module is made of beside its tensors, a line for each part.
+
+    >>> structure(torch.nn.Sequential(torch.nn.ReLU()))
+    ['Sequential(', '(0): ReLU()', ')']
+    """
+    lines = (line.strip() for line in repr(module).splitlines())
+    # of parameters in a list it says the device, which may change
+    return [line for line in lines if "Parameter containing:" not in line]
 
 
 def signature(parameters: Iterable[tuple[str, Tensor]]) -> list[str]:

@@ -162,6 +162,7 @@ def fit(
 
     identity = {
         "flow": checkpoint.signature(flow.state_dict().items()),
+        "structure of the flow": checkpoint.structure(flow),
         "seed": seed,
         "number of training rows": len(rows),
         "weighting of rows": rows.weight is not None,

@@ -403,7 +403,8 @@ class Run:
             CheckpointError: if it belongs to another flow or another fit.
         """
         for what, expected in self.identity.items():
-            checkpoint.check_same(what, expected, state["identity"].get(what))
+            # checkpoints of earlier versions say less
+            checkpoint.check_same(what, expected, state["identity"].get(what, expected))
         stage = self._stage(state["stage"], *state["start"])
         updater, timetable = stage.updater, stage.timetable
         updater.objective.load_state_dict(checkpoint.unpack("model", tensors))
