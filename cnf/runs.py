@@ -37,6 +37,7 @@ class Source:
         context_columns: the names of the context's columns.
         seed: what the split into training and held-out rows was drawn with.
         key: which array of an NPZ file.
+        dequantized: whether noise was added to the numbers.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Source:
     context_columns: tuple[str, ...] = ()
     seed: int = 0
     key: str | None = None
+    dequantized: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

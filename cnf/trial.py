@@ -133,7 +133,9 @@ def split(
     parts = (order[2 * held :] if test else order[held:], validation, order[:held])
     given = data.context
     contexts = tuple(None if given is None else given[part] for part in parts)
-    source = Source(str(data.path), data.columns, data.context_columns, seed, data.key)
+    source = Source(
+        str(data.path), data.columns, data.context_columns, seed, data.key, bool(data.dequantized)
+    )
     train, held_out, last = (data.x[part] for part in parts)
     return Split(source, train, held_out, last, contexts)
 

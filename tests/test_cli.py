@@ -99,6 +99,7 @@ def test_fit_score_sample_and_plot_a_table(cnf, csv, tmp_path) -> None:
     said = json.loads((tmp_path / "run/data.json").read_text())
     assert said == {
         "name": csv, "columns": ["a", "b", "dose"], "context_columns": [], "seed": 0, "key": None,
+        "dequantized": False,
     }  # fmt: skip
     assert {"data.json", "flow.json", "flow.safetensors", "history.json", "results.json"} <= set(
         os.listdir(tmp_path / "run")
@@ -216,6 +217,17 @@ def test_a_fit_is_resumed(cnf, csv, monkeypatch, tmp_path) -> None:
     assert cnf("score", "whole", csv, "--out", "two.csv")[0] == 0
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
     assert cnf("fit", *arguments, "run", "--resume", "--model", "maf")[0] == 2
+    assert cnf("plot", "run")[0] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*values repeat")
+def test_noise_is_not_forgotten_on_resuming(cnf, tmp_path) -> None:
+    np.savetxt(tmp_path / "counts.csv", np.random.default_rng(0).poisson(9, (80, 2)))
+    arguments = ("counts.csv", "--model", "nice", "--steps", 2, "--out", "run", "--resume")
+    assert cnf("fit", *arguments, "--dequantize")[0] == 0
+    code, _, err = cnf("fit", *arguments)
+    assert code == 2
+    assert "nothing to resume" in err
 
 
 def test_a_flow_that_cannot_be_measured_is_kept(cnf, csv, monkeypatch, tmp_path) -> None:

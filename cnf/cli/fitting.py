@@ -171,9 +171,13 @@ def fit_command(
     recipe(model, listed(objective))
     parts = split(found, seed=seed, test=False)
     folder = claim(out, RUN)
-    if resume and (folder / SOURCE).exists() and read_source(folder) != parts.source:
-        raise DataError(f"{out} holds a fit to other data, columns or --seed: nothing to resume")
-    write_source(folder, parts.source)
+    known = resume and (folder / SOURCE).exists()
+    if known and read_source(folder) != parts.source:
+        raise DataError(
+            f"{out} holds a fit to other data, columns, --dequantize or --seed: nothing to resume"
+        )
+    if not known:  # where nothing can be resumed, a finished run stays one
+        write_source(folder, parts.source)
     arguments: dict[str, Any] = {}
     if support:
         arguments["support"] = _ends(support)
