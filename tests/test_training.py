@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 
 import numpy as np
@@ -643,6 +644,33 @@ def test_resuming_continues_to_the_bit(tmp_path, stop):
     assert [v[::2] for v in second.validations] == [v[::2] for v in history.validations]
     assert second.stages == history.stages
     assert second.seconds >= first.seconds
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_interrupt_within_a_step_waits_for_its_end(tmp_path, monkeypatch, late):
+    def train(**settings):
+        flow = affine()
+        history = fit(flow, gaussian(300), batch_size=64, steps=60, **settings)
+        return numbers(flow), [v[::2] for v in history.validations], history
+
+    *whole, _ = train()
+    update, calls = Average.update, iter(range(100))
+
+    def struck(self):
+        now = next(calls) == 32
+        if now and not late:
+            signal.raise_signal(signal.SIGINT)
+        update(self)
+        if now and late:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Average, "update", struck)
+        *_, first = train(out=tmp_path)
+    assert (first.stopped, first.steps) == ("interrupted", 33)
+    *resumed, _ = train(out=tmp_path, resume=True)
+    assert same(whole[0], resumed[0])
+    assert whole[1] == resumed[1]
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):

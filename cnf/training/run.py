@@ -18,6 +18,7 @@ from cnf.training import budget, checkpoint
 from cnf.training.budget import Budget, Clock
 from cnf.training.data import Order, Rows
 from cnf.training.history import History
+from cnf.training.interrupts import held_back
 from cnf.training.progress import Bar
 from cnf.training.update import NUMERICAL, OPTIMIZERS, Failures, StepFailed, Updater
 from cnf.training.validation import Timetable, Validator
@@ -258,30 +259,35 @@ class Run:
         settings, history = self.settings, self.history
         begun = history.steps - stage.budget.first_step if stage.index else None
         rate = budget.rate(progress, warmup=settings.warmup, schedule=settings.schedule, step=begun)
-        order, noise = self.order.state(), self.noise.get_state()
+        step, order, noise = history.steps, self.order.state(), self.noise.get_state()
         failure: StepFailed | None = None
         try:
             with count_nfe() as work:
                 batch = self.rows.batch(next(self.order))
-                loss = stage.updater.step(batch, rate, self.noise, progress)
-            stage.losses.append(loss)
-        except StepFailed as error:
-            failure = error
+                try:
+                    loss = stage.updater.gradient(batch, self.noise, progress)
+                except StepFailed as error:
+                    failure = error
+            with held_back():
+                if failure is None:
+                    stage.updater.step(rate)
+                    stage.losses.append(loss)
+                else:
+                    history.skipped += 1
+                    self._count(failure.what)
+                    stage.updater.heal(self.best)
+                    stage.failure = failure
+                persists = stage.failures.persist(failure is not None)
+                self._count_work(work.forward, work.solves)
+                history.steps += 1
         except KeyboardInterrupt:
-            # the step did not happen: it is to be made again on resuming, with the same noise
-            self.order.restore(*order)
-            self.noise.set_state(noise)
+            if history.steps == step:
+                # the step did not happen: it is to be made again on resuming, with the same noise
+                self.order.restore(*order)
+                self.noise.set_state(noise)
             raise
-        history.steps += 1
-        self._count_work(work.forward, work.solves)
-        persists = stage.failures.persist(failure is not None)
-        if failure is not None:
-            history.skipped += 1
-            self._count(failure.what)
-            stage.updater.heal(self.best)
-            stage.failure = failure
-            if persists or settings.on_failure == "stop":
-                self._give_up(failure, stage.updater.lr * rate)
+        if failure is not None and (persists or settings.on_failure == "stop"):
+            self._give_up(failure, stage.updater.lr * rate)
 
     def _validate(self, stage: Stage, progress: float) -> None:
         """Score the averaged weights and keep them if they are the best so far."""

@@ -1,4 +1,4 @@
-"""One optimiser step that either happens completely or not at all."""
+"""One optimiser step: the gradient, which may fail, and the move, which may not."""
 
 from __future__ import annotations
 
@@ -55,18 +55,16 @@ class Updater:
         self.optimizers = OPTIMIZERS[optimizer](self.parameters, lr, weight_decay)
         self.average = Average(self.parameters, average)
 
-    def step(self, batch: Batch, rate: float, generator: torch.Generator, progress: float) -> float:
-        """Make one step and return the loss.
+    def gradient(self, batch: Batch, generator: torch.Generator, progress: float) -> float:
+        """Find the gradient, clipped, and return the loss; no weight changes.
 
         Args:
             batch: the rows.
-            rate: the factor on the learning rate.
             generator: where the objective's noise comes from.
             progress: the fraction of the budget that is spent.
 
         Raises:
-            StepFailed: if loss or gradient is not finite or cannot be computed; no weight has
-                changed then.
+            StepFailed: if loss or gradient is not finite or cannot be computed.
         """
         for parameter in self.parameters:
             parameter.grad = None
@@ -84,12 +82,19 @@ class Updater:
             raise StepFailed("non-finite gradient", f"the gradient's norm is {length}")
         if self.clip is not None and length > self.clip:
             torch._foreach_mul_(gradients, self.clip / length)
+        return total
+
+    def step(self, rate: float) -> None:
+        """Move weights and average along the gradient.
+
+        Args:
+            rate: the factor on the learning rate.
+        """
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * rate
             optimizer.step()
         self.average.update()
-        return total
 
     def healthy(self) -> bool:
         """Whether every weight is finite and no buffer holds a NaN."""
