@@ -18,6 +18,7 @@ from cnf.objectives import FlowMatching, Loss, MaximumLikelihood, Objective
 from cnf.ode import NonFiniteState
 from cnf.training import History, TrainingError, checkpoint, fit
 from cnf.training.averaging import Average
+from cnf.training.validation import Validator
 from cnf.transforms.base import Mapped, Transform
 
 
@@ -646,28 +647,39 @@ def test_resuming_continues_to_the_bit(tmp_path, stop):
     assert second.seconds >= first.seconds
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_an_interrupt_within_a_step_waits_for_its_end(tmp_path, monkeypatch, late):
+@pytest.mark.parametrize(
+    ("of", "name", "call", "late"),
+    [
+        (Average, "update", 33, False),
+        (Average, "update", 33, True),
+        (Average, "update", 30, False),  # when a validation is due
+        (Validator, "nats", 4, False),
+        (Validator, "nats", 4, True),
+        (torch, "_foreach_copy_", 7, True),  # the averaged weights, to be validated, come in
+    ],
+)
+def test_no_moment_to_interrupt_is_a_bad_one(tmp_path, monkeypatch, of, name, call, late):
     def train(**settings):
         flow = affine()
         history = fit(flow, gaussian(300), batch_size=64, steps=60, **settings)
         return numbers(flow), [v[::2] for v in history.validations], history
 
     *whole, _ = train()
-    update, calls = Average.update, iter(range(100))
+    function, calls = getattr(of, name), iter(range(1, 100))
 
-    def struck(self):
-        now = next(calls) == 32
+    def struck(*given):
+        now = next(calls) == call
         if now and not late:
             signal.raise_signal(signal.SIGINT)
-        update(self)
+        found = function(*given)
         if now and late:
             signal.raise_signal(signal.SIGINT)
+        return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(Average, "update", struck)
+        patch.setattr(of, name, struck)
         *_, first = train(out=tmp_path)
-    assert (first.stopped, first.steps) == ("interrupted", 33)
+    assert (first.stopped, first.steps) == ("interrupted", 33 if call == 33 else 30)
     *resumed, _ = train(out=tmp_path, resume=True)
     assert same(whole[0], resumed[0])
     assert whole[1] == resumed[1]

@@ -48,8 +48,9 @@ class Average:
         """Inside, the parameters hold the average; afterwards what they held before."""
         with torch.no_grad():
             raw = [parameter.detach().clone() for parameter in self.parameters]
-            torch._foreach_copy_(self.parameters, self.values)
         try:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, self.values)
             yield
         finally:
             with torch.no_grad():

@@ -222,6 +222,8 @@ class Run:
         """Run one objective until its budget or patience ends; say which."""
         history, patience, progress = self.history, self.settings.patience, 0.0
         self.flow.train()
+        # an interrupt may have come between a step and the validation that was due after it
+        resumed = history.steps > stage.timetable.step
         while True:
             # the last validation must fit into the seconds as well
             reserve = 1.2 * stage.timetable.latest
@@ -236,6 +238,9 @@ class Run:
                 break
             # never backwards, also where a validation turns out quicker than the one before
             progress = max(progress, stage.budget.progress(history.steps, elapsed, reserve))
+            if resumed and stage.timetable.due(history.steps, progress, elapsed):
+                self._validate(stage, progress)
+            resumed = False
             self._step(stage, progress)
             history.seconds = elapsed = self.clock.elapsed()
             progress = max(progress, stage.budget.progress(history.steps, elapsed, reserve))
@@ -299,19 +304,20 @@ class Run:
                 nats = self.validator.nats(self.flow)
             except NUMERICAL as error:
                 nats, failed = math.inf, f"{type(error).__name__} in validation"
-            if math.isfinite(nats):
-                history.validations.append((history.steps, start, nats))
-            else:
-                self._count(failed)
-            best = math.inf if history.best_validation is None else history.best_validation
-            stage.stale = 0 if nats < best else stage.stale + 1
-            if nats < best:
-                history.best_step, history.best_validation = history.steps, nats
-            # while no validation is finite, the latest weights are as good a guess as any
-            if nats < best or (best == math.inf and stage.updater.healthy()):
-                self.best = _state(self.flow)
+            with held_back():
+                if math.isfinite(nats):
+                    history.validations.append((history.steps, start, nats))
+                else:
+                    self._count(failed)
+                best = math.inf if history.best_validation is None else history.best_validation
+                stage.stale = 0 if nats < best else stage.stale + 1
+                if nats < best:
+                    history.best_step, history.best_validation = history.steps, nats
+                # while no validation is finite, the latest weights are as good a guess as any
+                if nats < best or (best == math.inf and stage.updater.healthy()):
+                    self.best = _state(self.flow)
+                stage.timetable.record(history.steps, progress, self.clock.elapsed() - start)
         self.flow.train()
-        stage.timetable.record(history.steps, progress, self.clock.elapsed() - start)
 
     # ---- what went wrong -------------------------------------------------------------------
 
