@@ -106,13 +106,17 @@ class Dialect:
         return f"{self.path}: the text is not in its {self.encoding} encoding; save it as UTF-8"
 
 
-def open_delimited(path: Path) -> Source:
+def open_delimited(path: Path, wanted: Sequence[str] = ()) -> Source:
     """Find out how a text file is written.
+
+    Args:
+        path: the file.
+        wanted: names of columns that are asked for; a first row that holds them is the header.
 
     Raises:
         DataError: where it is empty, binary, not decodable, or has no row.
     """
-    dialect = _sniff(path)
+    dialect = _sniff(path, wanted)
     return Source(
         path=path,
         names=dialect.names,
@@ -135,7 +139,7 @@ def is_number(cell: str) -> bool:
     return "_" not in cell
 
 
-def _sniff(path: Path) -> Dialect:
+def _sniff(path: Path, wanted: Sequence[str]) -> Dialect:
     """Encoding, delimiter and header of a file, from its first lines."""
     with open(path, "rb") as raw:
         zipped = raw.read(2) == b"\x1f\x8b"
@@ -159,7 +163,7 @@ def _sniff(path: Path) -> Dialect:
     if not numbered_rows:
         raise DataError(f"{path} has no rows")
     first = [[cell.strip() for cell in cells] for _, cells in numbered_rows]
-    if _is_header(first):
+    if _is_header(first, wanted):
         line, after = numbered_rows[0][0], numbered_rows[1:2]
         # a name may hold a line end, so the next row tells where the header stops
         skip = after[0][0] - 1 if after else line
@@ -216,14 +220,18 @@ def _delimiter(lines: Sequence[str], path: Path) -> str:
     return best
 
 
-def _is_header(rows: Sequence[Sequence[str]]) -> bool:
+def _is_header(rows: Sequence[Sequence[str]], wanted: Sequence[str]) -> bool:
     """Whether the first row names the columns.
 
-    It does when no cell of it is a number and some cell is a word, when it has a word where the
-    next row has a number, or when it counts 0, 1, 2, … as pandas numbers columns without names.
+    It does when it holds all the wanted names, or a word and some of them; when no cell of it is a
+    number and some cell is a word, when it has a word where the next row has a number, or when it
+    counts 0, 1, 2, … as pandas numbers columns without names.
     """
     first = rows[0]
     words = [not is_number(cell) and cell.lower() not in MISSING for cell in first]
+    found = [name in first for name in wanted]
+    if found and (all(found) or (any(words) and any(found))):
+        return True
     if any(words):
         if not any(map(is_number, first)):
             return True
@@ -315,10 +323,15 @@ def _text(dialect: Dialect, line: int, position: int, cells: Sequence[str]) -> s
     if is_number(cell.replace(",", ".", 1)) or is_number(cell.replace(",", "").replace(" ", "")):
         advice = "write numbers with a decimal point and nothing between thousands"
     else:
-        numeric = [dialect.names[i] for i, c in enumerate(cells) if is_number(c)]
+        places = [i for i, c in enumerate(cells) if is_number(c)]
+        numeric = [dialect.names[i] for i in places]
         advice = "choose the columns of numbers with --columns (columns=…)"
         if numeric and all(numeric) and len(numeric) <= 20:
             advice += f", on this line {','.join(numeric)}"
+            if not dialect.named:  # names that are numbers, such as years, look like a row
+                first = next(dialect.rows(dialect.skip))[1]
+                titles = [first[i].strip() for i in places]
+                advice += f", or {','.join(titles)} if the first row names the columns"
     shown = cell if len(cell) <= 40 else cell[:37] + "…"
     return f"{dialect.path}, line {line}, {title}: {shown!r} is text, not a number; {advice}"
 

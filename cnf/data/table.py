@@ -102,7 +102,7 @@ def table(
                 [2.7500, 1.5000]], dtype=torch.float64)
     """
     path = Path(path)
-    source = _open(path, key)
+    source = _open(path, key, [*(columns or ()), *(context_columns or ())])
     names = tuple(name or f"x{i + 1}" for i, name in enumerate(source.names))
     chosen_context = _positions(source, names, context_columns or (), "context_columns")
     if columns is None:
@@ -161,7 +161,7 @@ def table(
     )
 
 
-def _open(path: Path, key: str | None) -> Source:
+def _open(path: Path, key: str | None, wanted: Sequence[str]) -> Source:
     """The reader for what the file is, told by its first bytes, not by its name alone."""
     if not path.exists():
         near = ""
@@ -189,7 +189,7 @@ def _open(path: Path, key: str | None) -> Source:
     if suffix in (".npy", ".npz", ".parquet"):
         what = "is empty" if not start else f"is no {suffix[1:].upper()} file, whatever its name"
         raise DataError(f"{path} {what}; save it anew")
-    return open_delimited(path)
+    return open_delimited(path, wanted)
 
 
 def _positions(
@@ -201,7 +201,7 @@ def _positions(
     positions: list[int] = []
     for name in wanted:
         if name not in names:
-            unnamed = "" if source.named else "The file names no columns. "
+            unnamed = "" if source.named else _unnamed(source)
             raise DataError(
                 f"{source.path} has no column {name!r}.{nearest(str(name), names)} "
                 f"{unnamed}Its columns: {', '.join(_shortened(names))}"
@@ -211,6 +211,13 @@ def _positions(
             raise DataError(f"{source.path}: the column {name!r} is asked for twice in {argument}")
     _refuse_duplicates(source, names, positions)
     return positions
+
+
+def _unnamed(source: Source) -> str:
+    """That columns have no names; with the first row, whose cells may be meant for names."""
+    cells = [source.place(0, i)[1] for i in range(min(len(source.names), 20))]
+    shown = f" (its first row, {','.join(cells)}, is read as data)" if any(cells) else ""
+    return f"The file names no columns{shown}. "
 
 
 def _refuse_duplicates(source: Source, names: Sequence[str], positions: Sequence[int]) -> None:

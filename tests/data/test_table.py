@@ -84,6 +84,22 @@ def test_header_is_found_out(put, content, columns, first):
     assert data.x[0].tolist() == first
 
 
+@pytest.mark.parametrize("label", ["country", ""])
+def test_years_are_names_where_they_are_asked_for(put, label):
+    path = put(f"{label},2019,2020\nC0,1.2,3.4\nC1,5.6,7.8\n")
+    assert read(path, columns=["2020", "2019"]).x.tolist() == [[3.4, 1.2], [7.8, 5.6]]
+    assert read(path, columns=["2019"], context_columns=["2020"]).context.tolist() == [[3.4], [7.8]]
+    with pytest.raises(DataError, match="x2,x3, or 2019,2020 if the first row names the columns"):
+        read(path)
+    with pytest.raises(DataError, match=f"first row, {label},2019,2020, is read as data"):
+        read(path, columns=["2018"])
+
+
+def test_one_wrong_name_leaves_the_others_their_header(put):
+    with pytest.raises(DataError, match=r"'2091'.*Did you mean '2019'.*: country, 2019, 2020"):
+        read(put("country,2019,2020\nC0,1.2,3.4\n"), columns=["2091", "2020"])
+
+
 def test_chosen_columns_keep_their_order_and_text_beside_them_is_no_matter(put):
     path = put('who,age,"size, m",kg\n"O\'Hara, ""Sam""",30,1.5,60\nann,40,1.75,70\n')
     data = read(path, columns=["kg", "size, m"], context_columns=["age"])
