@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -30,6 +31,7 @@ def write_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         FileExistsError: where a directory stands that holds something else, or a directory and a
             file would take each other's place.
+        OSError: as the block raises it, but named after ``path``: a full disk names no file.
 
     Example:
         >>> import tempfile
@@ -45,11 +47,13 @@ def write_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path).resolve()
     if target.exists() and not (target.is_file() or target.is_dir()):
         # a device or a pipe cannot be replaced, only written to
-        yield target
+        with _named(path, target):
+            yield target
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{secrets.token_hex(4)}-{target.name}")
-    try:
+    with _named(path, part), contextlib.ExitStack() as end:
+        end.callback(_remove, part)
         yield part
         if part.is_dir():
             _sync_tree(part)
@@ -57,13 +61,24 @@ def write_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         elif part.exists():
             _sync(part)
             if target.is_dir():
-                raise FileExistsError(f"{target} is a directory; choose another name")
+                raise FileExistsError(
+                    errno.EEXIST, "is a directory; choose another name", str(target)
+                )
             os.replace(part, target)
         else:
             raise FileNotFoundError(f"nothing was written for {target}")
         _sync(target.parent)
-    finally:
-        _remove(part)
+
+
+@contextlib.contextmanager
+def _named(path: str | os.PathLike[str], part: Path) -> Iterator[None]:
+    """Name what the system refuses after the file that was asked for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, part, str(part)):
+            error.filename = os.fspath(path)
+        raise
 
 
 def _swap_in(part: Path, target: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
 
 from cnf.files import write_whole
 from cnf.registry import MODELS, Recipe, decode, encode
@@ -107,12 +109,18 @@ def load(
 
 def write_state(module: nn.Module, path: Path) -> None:
     """Write a module's parameters and buffers, whole or not at all."""
-    state = {
-        name: tensor.detach().cpu().clone().contiguous()
-        for name, tensor in module.state_dict().items()
-    }
+    write_tensors(module.state_dict(), path)
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write named tensors as safetensors, whole or not at all."""
+    # cloned, because safetensors refuses tensors that share memory
+    own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     with write_whole(path) as temporary:
-        save_file(state, temporary)
+        # not by save_file, which hides what the system refuses
+        temporary.write_bytes(to_bytes(own, metadata))
 
 
 def read_state(module: nn.Module, path: Path) -> None:

@@ -292,6 +292,23 @@ def test_wrong_arguments_are_one_clear_line(cnf, csv, tmp_path, arguments, messa
     assert sorted(os.listdir(tmp_path)) == before
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
+def test_a_full_disk_is_one_line(cnf, csv, tmp_path) -> None:
+    fit = ("fit", csv, "--model", "nice", "--steps", 2, "--out", "run")
+    assert cnf(*fit)[0] == 0
+    for arguments, name in (
+        (("sample", "run", "--out"), "full.csv"),
+        (("score", "run", csv, "--out"), "full.csv.gz"),
+        (("plot", "run", "--out"), "full.png"),
+        (fit, "run/flow.safetensors"),
+    ):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to("/dev/full")
+        code, out, err = cnf(*arguments, *[name][: arguments != fit])
+        assert (code, out) == (2, "")
+        assert err.splitlines()[-1] == f"cnf: {name}: No space left on device"
+
+
 def test_a_missing_extra_is_named(cnf, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, _, err = cnf("compare", "moons", "--models", "nice", "--steps", 1)

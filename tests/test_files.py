@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -37,6 +38,20 @@ def test_a_failure_leaves_what_was_there(tmp_path):
         fail()
     assert target.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_full_disk_is_named_after_the_file(tmp_path):
+    target = tmp_path / "a.txt"
+
+    def fail() -> None:
+        with write_whole(target) as part:
+            part.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as raised:
+        fail()
+    assert raised.value.filename == str(target)
+    assert names(tmp_path) == []
 
 
 def test_a_failed_directory_leaves_nothing(tmp_path):

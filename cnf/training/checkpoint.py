@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from cnf.files import write_whole
+from cnf.storage import write_tensors
 
 NAME = "checkpoint.safetensors"
 
@@ -23,10 +22,7 @@ class CheckpointError(ValueError):
 
 def write(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write the checkpoint of a run, whole or not at all."""
-    # cloned, because safetensors refuses tensors that share memory
-    own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    with write_whole(folder / NAME) as path:
-        save_file(own, path, {"state": json.dumps(state, allow_nan=False)})
+    write_tensors(tensors, folder / NAME, {"state": json.dumps(state, allow_nan=False)})
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
