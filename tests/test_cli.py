@@ -279,7 +279,12 @@ def test_an_interrupted_fit_keeps_what_it_has(cnf, csv, monkeypatch) -> None:
         (("fit", "rows.csv"), "--out"),
         (("score", "nowhere", "rows.csv"), "no such run folder"),
         (("score", ".", "rows.csv"), "not a finished run"),
-        (("sample", "nowhere", "--out", "samples.doc"), "should end in"),
+        (("sample", "nowhere", "--out", "samples.doc"), "should be a name and end in"),
+        (("sample", "nowhere", "--out", ".csv"), "should be a name and end in"),
+        (("sample", "nowhere", "--out", ".csv.gz"), "should be a name and end in"),
+        (("sample", "nowhere", "--seed", str(2**64)), "--seed"),
+        (("sample", "nowhere", "--device", "meta"), "no device 'meta' here"),
+        (("sample", "nowhere", "--device", "vulkan"), "no device 'vulkan' here"),
     ],
 )
 def test_wrong_arguments_are_one_clear_line(cnf, csv, tmp_path, arguments, message) -> None:
@@ -298,6 +303,8 @@ def test_a_full_disk_is_one_line(cnf, csv, tmp_path) -> None:
     assert cnf(*fit)[0] == 0
     for arguments, name in (
         (("sample", "run", "--out"), "full.csv"),
+        (("sample", "run", "--out"), "full.npy"),
+        (("sample", "run", "--out"), "full.npz"),
         (("score", "run", csv, "--out"), "full.csv.gz"),
         (("plot", "run", "--out"), "full.png"),
         (fit, "run/flow.safetensors"),

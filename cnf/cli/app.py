@@ -50,7 +50,7 @@ Steps = Annotated[
     typer.Option(min=1, help="Training steps (per model), instead of or beside --seconds."),
 ]
 Batch = Annotated[int | None, typer.Option(min=1, help="Points per training step.")]
-Seed = Annotated[int, typer.Option(min=0, help="Decides everything that is random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Decides everything that is random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
 Columns = Annotated[
     str, typer.Option(metavar="A,B,…", help="Columns of the table to model (default: all others).")
@@ -102,9 +102,16 @@ def usable(device: str) -> str:
         raise typer.BadParameter(f"{device!r} is no device", param_hint="--device") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("there is no CUDA device here", param_hint="--device")
-    if device == "auto" and torch.cuda.is_available():
-        return "cuda"
-    return "cpu" if device == "auto" else device
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        # what the name alone does not tell; a meta tensor holds no numbers
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError):
+        raise typer.BadParameter(
+            f"there is no device {device!r} here", param_hint="--device"
+        ) from None
+    return device
 
 
 EXPECTED = (

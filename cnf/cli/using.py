@@ -26,8 +26,9 @@ SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".npy", ".npz", ".parquet")
 
 def table_path(path: Path) -> Path:
     """Refuse a file name whose end no writer knows, before anything is computed."""
-    if not path.name.endswith(SUFFIXES):
-        raise typer.BadParameter(f"{path} should end in {', '.join(SUFFIXES)}")
+    # a name that is a dot and an end has no end to go by
+    if not path.name.lstrip(".").endswith(SUFFIXES):
+        raise typer.BadParameter(f"{path} should be a name and end in {', '.join(SUFFIXES)}")
     return path
 
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import os
 import typing
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,8 +65,9 @@ def write_table(
         with write_whole(path) as part:
             _write_text(part, zipped, delimiter, columns, array)
     elif kind == [".npy"] and not zipped:
-        with write_whole(path) as part:
-            np.save(part, array, allow_pickle=False)
+        # opened here: NumPy would give a device or a pipe another name
+        with write_whole(path) as part, open(part, "wb") as file:
+            np.save(file, array, allow_pickle=False)
     elif kind == [".npz"] and not zipped:
         with write_whole(path) as part:
             _write_npz(part, columns, array)
@@ -97,11 +99,11 @@ def _write_text(
 
 
 def _write_npz(part: Path, columns: Sequence[str], array: NDArray[typing.Any]) -> None:
-    # savez takes names as keywords, of which "file" is its own
-    if "file" in columns or any("/" in name for name in columns):
-        raise ValueError("an NPZ file cannot hold a column called 'file' or one with a / in it")
-    arrays: dict[str, typing.Any] = {name: array[:, i] for i, name in enumerate(columns)}
-    np.savez(part, **arrays)
+    # not by savez, which takes names as keywords, of which "file" is its own
+    with zipfile.ZipFile(part, "w") as archive:
+        for i, name in enumerate(columns):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array[:, i], allow_pickle=False)
 
 
 def _write_parquet(part: Path, columns: Sequence[str], array: NDArray[typing.Any]) -> None:
