@@ -332,8 +332,8 @@ class Flow(nn.Module):
         temperature: float,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor | None]:
-        if not temperature >= 0:
-            raise ValueError(f"temperature must not be negative, got {temperature}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be finite and not negative, got {temperature}")
         seen = self._seen(self._context(context))
         batch = tuple(shape) + (() if seen is None else seen.shape[:-1])
         if seen is not None:

@@ -143,9 +143,10 @@ def test_a_conditional_table(cnf, csv, tmp_path) -> None:
     code, _, err = cnf("sample", "run")
     assert code == 2
     assert "give --context dose=…, or --context-file" in err
-    code, _, err = cnf("sample", "run", "--context", "dose=high")
-    assert code == 2
-    assert "must be numbers" in err
+    for value in ("high", "nan", "inf"):
+        code, _, err = cnf("sample", "run", "--context", f"dose={value}")
+        assert code == 2
+        assert f"must be finite numbers: --context dose=…; got dose={value}" in err
 
 
 def test_an_optional_context_and_guidance(cnf, csv, tmp_path) -> None:
@@ -283,6 +284,7 @@ def test_an_interrupted_fit_keeps_what_it_has(cnf, csv, monkeypatch) -> None:
         (("sample", "nowhere", "--out", ".csv"), "should be a name and end in"),
         (("sample", "nowhere", "--out", ".csv.gz"), "should be a name and end in"),
         (("sample", "nowhere", "--seed", str(2**64)), "--seed"),
+        (("sample", "nowhere", "--temperature", "inf"), "a finite number, got inf"),
         (("sample", "nowhere", "--device", "meta"), "no device 'meta' here"),
         (("sample", "nowhere", "--device", "vulkan"), "no device 'vulkan' here"),
     ],

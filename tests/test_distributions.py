@@ -224,6 +224,12 @@ def test_any_base_carries_a_flow():
         assert flow.log_prob(flow.sample((4,))).shape == (4,)
 
 
+@pytest.mark.parametrize("temperature", [-1.0, math.inf, math.nan])
+def test_a_temperature_is_finite_and_not_negative(temperature):
+    with pytest.raises(ValueError, match="temperature must be finite and not negative, got"):
+        cnf.Flow(Diagonal(1), Normal(1)).sample((2,), temperature=temperature)
+
+
 def test_an_encoder_is_trained_along():
     encoder = MLP(5, 2, hidden=(8,), zero_last=False)
     inner = cnf.realnvp(3, layers=2, hidden=(8,), context_features=2)

@@ -130,6 +130,10 @@ def sample_command(
 
     From a fit with --optional-context, without a context: from the density of all rows.
     """
+    if not math.isfinite(temperature):
+        raise typer.BadParameter(
+            f"expected a finite number, got {temperature}", param_hint="--temperature"
+        )
     fitted = open_run(run, device=usable(device))
     flow, source = fitted.flow, fitted.source
     given = None
@@ -173,9 +177,12 @@ def _context(source: Source, given: list[str], file: Path | None) -> Tensor | No
     try:
         values = {name: float(value) for name, _, value in pairs}
     except ValueError:
+        values = {}
+    if not values or not all(map(math.isfinite, values.values())):
         raise typer.BadParameter(
-            f"the values must be numbers: {wanted}", param_hint="--context"
-        ) from None
+            f"the values must be finite numbers: {wanted}; got {', '.join(given)}",
+            param_hint="--context",
+        )
     return torch.tensor([[values[name] for name in names]], dtype=torch.float64)
 
 
