@@ -50,6 +50,11 @@ def open_npz(path: Path, key: str | None) -> Source:
         )
     if not arrays:
         raise DataError(f"{path} holds no arrays")
+    if other := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise DataError(
+            f"{path} is an archive of files that are no arrays ({', '.join(other[:5])}); "
+            "unpack it and name the file with the table"
+        )
     if len(arrays) == 1:
         return _from_array(path, next(iter(arrays.values())))
     if all(a.ndim == 1 for a in arrays.values()) and len({len(a) for a in arrays.values()}) == 1:

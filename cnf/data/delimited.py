@@ -191,7 +191,10 @@ def _start(path: Path, zipped: bool) -> bytes:
 def _split(line: str, delimiter: str) -> list[str]:
     if delimiter == BLANKS:
         return line.split()
-    row = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+    try:
+        row = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+    except csv.Error:  # ``rows`` says where, if this line is read at all
+        row = [line]
     return [cell.strip() for cell in row]
 
 

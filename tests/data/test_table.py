@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import re
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -153,6 +154,8 @@ ERRORS = {
     "cut gzip": (gzip.compress(TWO_ROWS["comma"].encode() * 999)[:-20], "gzip|line"),
     "spoilt gzip": (b"\x1f\x8b" + b"spoilt" * 9, "gzip file is damaged"),
     "duplicate names": ("a,b,a\n1,2,3\n", "columns 1 and 3 are both called 'a'"),
+    "long cell": ('{"data":"' + "x" * 200_000 + '"}', "line 1: not a row .*field larger than"),
+    "long cell below": ("a,b\n1,2\n3," + "x" * 200_000 + "\n", "line 3: not a row .*larger than"),
     "quote": ('a,b\n"1,2\n3,4\n', "line 2: 1 cell"),
 }
 
@@ -261,6 +264,13 @@ def test_one_array_of_several(tmp_path):
         read(path)
     with pytest.raises(DataError, match=r"no array 'tset'\. Did you mean 'test'"):
         read(path, key="tset")
+
+
+def test_an_archive_of_other_files(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("data.csv", "a,b\n1,2\n")
+    with pytest.raises(DataError, match=r"no arrays \(data\.csv\); unpack it"):
+        read(tmp_path / "a.zip")
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.parquet"])
