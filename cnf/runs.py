@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,12 +15,13 @@ from cnf.data import DataError, Table, Target, table, targets, toy
 from cnf.files import write_whole
 from cnf.flow import Flow
 from cnf.registry import unknown_name
-from cnf.storage import load
+from cnf.storage import LoadError, load
 from cnf.training import History
 
 RUN = "cnf run"
 COMPARISON = "cnf comparison"
 SOURCE, RESULTS = "data.json", "results.json"
+Made = TypeVar("Made")
 
 
 class OutputError(FileExistsError):
@@ -166,10 +167,28 @@ def write_source(folder: Path, source: Source) -> None:
 
 
 def read_source(folder: Path) -> Source:
-    """What ``write_source`` noted."""
-    said = json.loads((folder / SOURCE).read_bytes())
-    said |= {name: tuple(said[name]) for name in ("columns", "context_columns")}
-    return Source(**said)
+    """What ``write_source`` noted.
+
+    Raises:
+        LoadError: if the file is damaged.
+    """
+
+    def source(said: dict[str, Any]) -> Source:
+        names = {name: tuple(said[name]) for name in ("columns", "context_columns")}
+        return Source(**{**said, **names})
+
+    return _read(folder / SOURCE, source)
+
+
+def _read(path: Path, make: Callable[[dict[str, Any]], Made]) -> Made:
+    """What is made of the record in a JSON file."""
+    try:
+        return make(json.loads(path.read_bytes()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise LoadError(
+            f"{path} is damaged ({type(error).__name__}: {error}); "
+            "bring the run folder back from a copy, or fit anew with another --out"
+        ) from error
 
 
 def open_run(folder: str | Path, *, device: str | None = None) -> Run:
@@ -177,6 +196,7 @@ def open_run(folder: str | Path, *, device: str | None = None) -> Run:
 
     Raises:
         FileNotFoundError: if there is none, or it was not finished.
+        LoadError: if a file of it is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -193,6 +213,6 @@ def open_run(folder: str | Path, *, device: str | None = None) -> Run:
     return Run(
         load(folder, device=device),
         read_source(folder),
-        History.from_json((folder / "history.json").read_text()),
-        json.loads((folder / RESULTS).read_bytes()),
+        _read(folder / "history.json", History.from_data),
+        _read(folder / RESULTS, lambda said: {**said}),
     )

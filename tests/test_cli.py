@@ -299,6 +299,28 @@ def test_wrong_arguments_are_one_clear_line(cnf, csv, tmp_path, arguments, messa
     assert sorted(os.listdir(tmp_path)) == before
 
 
+def test_a_damaged_record_is_one_line(cnf, csv, tmp_path) -> None:
+    fit = ("fit", csv, "--model", "nice", "--steps", 2, "--out", "run")
+    assert cnf(*fit)[0] == 0
+    lacking = json.dumps({"name": csv, "columns": ["a"], "seed": 0})
+    for name, content, command in (
+        ("history.json", "{", ("sample", "run")),
+        ("history.json", "[]", ("plot", "run")),
+        ("results.json", "[]", ("score", "run", csv)),
+        ("data.json", "{", ("sample", "run")),
+        ("data.json", lacking, (*fit, "--resume")),
+    ):
+        path = tmp_path / "run" / name
+        whole = path.read_text()
+        path.write_text(content)
+        code, out, err = cnf(*command)
+        path.write_text(whole)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"cnf: run/{name} is damaged (")
+        assert err.endswith("with another --out\n")
+        assert err.count("\n") == 1
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
 def test_a_full_disk_is_one_line(cnf, csv, tmp_path) -> None:
     fit = ("fit", csv, "--model", "nice", "--steps", 2, "--out", "run")
