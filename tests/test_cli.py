@@ -147,6 +147,9 @@ def test_a_conditional_table(cnf, csv, tmp_path) -> None:
         code, _, err = cnf("sample", "run", "--context", f"dose={value}")
         assert code == 2
         assert f"must be finite numbers: --context dose=…; got dose={value}" in err
+    code, _, err = cnf("sample", "run", "--context", "dose=1e39")
+    assert code == 2
+    assert "beyond what float32 holds" in err
 
 
 def test_an_optional_context_and_guidance(cnf, csv, tmp_path) -> None:

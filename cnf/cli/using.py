@@ -146,6 +146,12 @@ def sample_command(
             raise typer.BadParameter(str(error), param_hint="--guidance") from None
     generator = torch.Generator(flow.device).manual_seed(seed)
     moved = None if given is None else given.to(flow.device, flow.dtype)
+    if moved is not None and not moved.isfinite().all():
+        held = str(flow.dtype).removeprefix("torch.")
+        raise DataError(
+            f"a value of the context is beyond what {held} holds; "
+            "give one like those that the run was fitted to"
+        )
     drawn = flow.sample(
         (count,), moved, temperature=temperature, generator=generator, chunk=CHUNK
     ).cpu()
