@@ -15,7 +15,7 @@ from cnf.distributions import Normal
 from cnf.flow import Flow
 from cnf.models import ffjord, glow, realnvp
 from cnf.objectives import FlowMatching, Loss, MaximumLikelihood, Objective
-from cnf.ode import NonFiniteState
+from cnf.ode import NonFiniteState, Solver
 from cnf.training import History, TrainingError, checkpoint, fit
 from cnf.training.averaging import Average
 from cnf.training.validation import Validator
@@ -739,6 +739,13 @@ def test_resuming_something_else_is_refused(tmp_path):
     (tmp_path / "checkpoint.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is not a checkpoint of a fit"):
         fit(affine(), gaussian(300), steps=5, out=tmp_path, resume=True)
+
+
+def test_a_run_goes_on_with_another_solver(tmp_path):
+    for steps, solver in ((2, Solver("rk4", step_size=0.5)), (4, Solver("bosh3", compile="eager"))):
+        flow = ffjord(2, hidden=(4,), solver=solver)
+        history = fit(flow, gaussian(300), steps=steps, out=tmp_path, resume=True)
+    assert history.steps == 4
 
 
 def test_a_poisoned_state_is_never_written(tmp_path):
