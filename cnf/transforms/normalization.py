@@ -42,9 +42,9 @@ class Standardize(Transform):
         Raises:
             ValueError: if there is no sample or one is not finite.
         """
-        loc, variance = _moments(_samples(x, self.event_shape), (0,))
+        loc, scale = _fitted(_samples(x, self.event_shape), (0,))
         self.loc.copy_(loc)
-        self.scale.copy_(_spread(loc, variance))
+        self.scale.copy_(scale)
         return self
 
     def initialize(
@@ -105,9 +105,9 @@ class ActNorm(Transform):
         Raises:
             ValueError: if there is no sample or one is not finite.
         """
-        loc, variance = _moments(_samples(x, self.event_shape), _shared(self.event_shape))
+        loc, scale = _fitted(_samples(x, self.event_shape), _shared(self.event_shape))
         self.loc.copy_(loc)
-        self.log_scale.copy_(_spread(loc, variance).log())
+        self.log_scale.copy_(scale.log())
 
     def forward(
         self, z: Tensor, context: Tensor | None = None, request: Request | None = None
@@ -265,11 +265,20 @@ def _moments(samples: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return mean.squeeze(0), variance.squeeze(0)
 
 
-def _spread(loc: Tensor, variance: Tensor) -> Tensor:
-    """The standard deviation, and 1 where it is nothing but the rounding of a constant."""
-    scale = variance.sqrt()
-    floor = 4 * torch.finfo(scale.dtype).eps * loc.abs()
-    return torch.where(scale > floor, scale, torch.ones_like(scale))
+def _fitted(samples: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over the given axes, without the first; constants have scale 1.
+
+    What is nothing but the rounding of a constant counts as one.
+    """
+    information = torch.finfo(samples.dtype)
+    peak = samples.abs().amax(axes, keepdim=True).clamp_min(2 * information.tiny)
+    # in a unit near the largest value no square leaves the dtype; a power of two rounds nothing
+    unit = torch.exp2(peak.log2().floor() - 1)
+    loc, variance = _moments(samples / unit, axes)
+    scale, unit = variance.sqrt(), unit.squeeze(0)
+    spread = scale * unit
+    varies = (scale > 4 * information.eps * loc.abs()) & (spread >= information.tiny)
+    return loc * unit, torch.where(varies, spread, torch.ones_like(spread))
 
 
 def _constant(value: Tensor, event_shape: tuple[int, ...], log_det: Tensor) -> Tensor:

@@ -68,6 +68,17 @@ def test_initialize_gives_mean_0_and_deviation_1(kind):
     torch.testing.assert_close(z.std(0, correction=0), torch.ones(4).double(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("kind", [Standardize, ActNorm])
+@pytest.mark.parametrize("unit", [1e-35, 1e20, 3e38])
+def test_the_unit_may_be_as_small_or_large_as_the_dtype(kind, unit):
+    x = unit * (torch.rand(1000, 2) - 0.5)
+    transform = kind((2,))
+    transform.initialize(x)
+    z = transform.inverse(x).value
+    torch.testing.assert_close(z.mean(0), torch.zeros(2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(z.std(0, correction=0), torch.ones(2), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("kind", [ActNorm, BatchNorm])
 def test_images_share_their_numbers_per_channel(kind):
     transform = kind((2, 3, 3)).double().eval()
