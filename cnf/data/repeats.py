@@ -75,7 +75,8 @@ def _look(column: Numbers, index: int, name: str, eps: float) -> Repeats | None:
     rows = len(column)
     if len(distinct) < 2:
         return None
-    whole = bool((column == np.round(column)).all())
+    # floats as large as 1/eps have no fraction to show
+    whole = bool((column == np.round(column)).all() and (np.abs(distinct) < 1 / eps).mean() > 0.5)
     rounding = 0.0 if whole else 8 * eps * float(np.abs(distinct[[0, -1]]).max())
     gaps = np.diff(distinct)
     step = float(gaps[gaps > rounding].min(initial=distinct[-1] - distinct[0]))

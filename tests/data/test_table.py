@@ -359,6 +359,12 @@ def test_repeated_values_are_warned_of(tmp_path):
     assert warned[0].filename == __file__
 
 
+def test_huge_floats_are_no_whole_numbers(tmp_path, recwarn):
+    path = write_table(tmp_path / "a.csv", ["a", "b"], 1e20 * normal(1000, 2))
+    table(path)
+    assert not recwarn.list
+
+
 def test_whole_numbers_are_fine_as_context(tmp_path):
     path = write_table(tmp_path / "a.csv", ["n", "r", "c", "l"], quantized())
     data = table(path, columns=["c"], context_columns=["n"])
