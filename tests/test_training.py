@@ -360,6 +360,12 @@ def test_standardisation_comes_from_the_training_rows():
     torch.testing.assert_close(flow.scaling.loc, x.mean(0))
 
 
+def test_a_value_may_vanish_beside_larger_ones():
+    x = gaussian(50).double()
+    x[3, 1] = 1e-60
+    assert fit(affine(), x, steps=1).steps == 1
+
+
 def test_a_fitted_flow_is_not_initialised_again():
     flow = affine()
     fit(flow, gaussian(500), steps=1)
@@ -380,6 +386,7 @@ def test_a_fitted_flow_is_not_initialised_again():
         (np.array([["a", "b"]] * 50), None, "must be numbers"),
         ((gaussian(50), None, None), None, "got 3 parts"),
         (gaussian(50).to(torch.complex64), None, "real numbers"),
+        (gaussian(50).double() * 1e-60, None, r"column 0, .*e-6\d in row 0"),
     ],
 )
 def test_unsuitable_data_is_refused(data, context, message):

@@ -165,7 +165,7 @@ class Shape:
             values = torch.from_numpy(np.array(array))
         if values.is_complex():
             raise TypeError(f"the {what} must be real numbers, got {values.dtype}")
-        values = values.detach().to(device=self.device, dtype=self.dtype)
+        given, values = values, values.detach().to(device=self.device, dtype=self.dtype)
         rows = values.flatten(1) if values.ndim > 1 else values[..., None]
         bad = torch.isinf(rows) if optional else ~torch.isfinite(rows)
         if bad.any():
@@ -174,6 +174,19 @@ class Shape:
                 f"the {what} has missing or infinite values (in {int(bad.any(-1).sum())} rows, "
                 f"first in row {row}); remove those rows or fill them"
             )
+        # a few values may vanish beside larger ones, but not all of a column
+        vanished = (rows.abs() < torch.finfo(self.dtype).tiny).all(0)
+        if len(rows) >= LEAST_ROWS and vanished.any():
+            given = given.reshape(rows.shape)
+            lost = (given != 0).to(self.device) & vanished
+            if lost.any():
+                row, column = lost.nonzero()[0].tolist()
+                value = given[row, column].item()
+                raise ValueError(
+                    f"the {what} has a column of zeros and of values too small for {self.dtype} "
+                    f"(column {column}, {value:g} in row {row}); multiply it by a constant, or "
+                    "use a flow in float64"
+                )
         return values
 
 
