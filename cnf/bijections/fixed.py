@@ -31,14 +31,22 @@ class FixedMap(ScalarMap):
         """Map x to z."""
 
 
-def _supported(value: Tensor, lower: float, upper: float) -> tuple[Tensor, Tensor]:
-    """The value moved into the open interval by the least possible, and whether it was inside."""
+def interior(value: Tensor, lower: float, upper: float) -> Tensor:
+    """The value moved into the open interval, by next to nothing in its dtype."""
     information = torch.finfo(value.dtype)
-    inside = (value > lower) & (value < upper)
-    # the neighbours of the ends in this dtype
-    low = information.tiny if lower == 0 else lower * (1 - information.eps / 2)
-    high = upper * (1 - information.eps / 2) if upper < math.inf else information.max
-    return value.clamp(low, high), inside
+    low = information.tiny if lower == 0 else lower + _spacing(-lower, information.eps)
+    high = upper - _spacing(upper, information.eps) if upper < math.inf else information.max
+    return value.clamp(low, -information.tiny if upper == 0 else high)
+
+
+def _spacing(end: float, eps: float) -> float:
+    """What moves an upper end to a number below it, whichever way the dtype rounds the end."""
+    return eps / 2 if end == 1 else eps * abs(end)
+
+
+def _supported(value: Tensor, lower: float, upper: float) -> tuple[Tensor, Tensor]:
+    """The value moved into the open interval, and whether it was inside."""
+    return interior(value, lower, upper), (value > lower) & (value < upper)
 
 
 def _masked(log_derivative: Tensor, inside: Tensor) -> Tensor:
@@ -140,12 +148,13 @@ class Sigmoid(FixedMap):
         """The squashed value."""
         span = 1 - 2 * self.margin
         log_derivative = logsigmoid(z) + logsigmoid(-z) - math.log(span)
-        return (torch.sigmoid(z) - self.margin) / span, log_derivative
+        return interior((torch.sigmoid(z) - self.margin) / span, *self.codomain), log_derivative
 
     def inverse(self, x: Tensor, parameters: Tensor | None = None) -> Pair:
         """The logit; −inf for the log-derivative outside the codomain."""
         span = 1 - 2 * self.margin
-        share, inside = _supported(self.margin + span * x, 0.0, 1.0)
+        x, inside = _supported(x, *self.codomain)
+        share = interior(self.margin + span * x, 0.0, 1.0)  # rounding may have left it
         high, low = torch.log(share), torch.log1p(-share)
         return high - low, _masked(math.log(span) - high - low, inside)
 
@@ -193,7 +202,7 @@ class Softplus(FixedMap):
 
     def forward(self, z: Tensor, parameters: Tensor | None = None) -> Pair:
         """log(1 + exp(z)), by the log-sigmoid: torch's softplus is cut off at 20."""
-        return -logsigmoid(-z), logsigmoid(z)
+        return interior(-logsigmoid(-z), *self.codomain), logsigmoid(z)
 
     def inverse(self, x: Tensor, parameters: Tensor | None = None) -> Pair:
         """X + log(1 − exp(−x)); −inf for the log-derivative of what is not positive."""
@@ -217,7 +226,7 @@ class Exp(FixedMap):
 
     def forward(self, z: Tensor, parameters: Tensor | None = None) -> Pair:
         """exp(z)."""
-        return torch.exp(z), z
+        return interior(torch.exp(z), *self.codomain), z
 
     def inverse(self, x: Tensor, parameters: Tensor | None = None) -> Pair:
         """log(x); −inf for the log-derivative of what is not positive."""
@@ -242,7 +251,7 @@ class Tanh(FixedMap):
     def forward(self, z: Tensor, parameters: Tensor | None = None) -> Pair:
         """tanh(z), with log sech² from the log-sigmoids."""
         log_derivative = logsigmoid(2 * z) + logsigmoid(-2 * z) + math.log(4)
-        return torch.tanh(z), log_derivative
+        return interior(torch.tanh(z), *self.codomain), log_derivative
 
     def inverse(self, x: Tensor, parameters: Tensor | None = None) -> Pair:
         """artanh(x); −inf for the log-derivative outside (−1, 1)."""
@@ -260,8 +269,8 @@ class Power(FixedMap):
 
     Example:
         >>> import torch
-        >>> Power(2.0).forward(torch.tensor([3.0, -3.0]))
-        (tensor([9., 0.]), tensor([1.7918,   -inf]))
+        >>> Power(2.0).forward(torch.tensor([3.0, -3.0]))[1]
+        tensor([1.7918,   -inf])
     """
 
     exponent: float = 2.0
@@ -275,7 +284,7 @@ class Power(FixedMap):
     def _raise(self, value: Tensor, exponent: float) -> Pair:
         value, inside = _supported(value, *self.domain)
         log_derivative = math.log(exponent) + (exponent - 1) * torch.log(value)
-        return value.pow(exponent), _masked(log_derivative, inside)
+        return interior(value.pow(exponent), *self.codomain), _masked(log_derivative, inside)
 
     def forward(self, z: Tensor, parameters: Tensor | None = None) -> Pair:
         """z^exponent; −inf for the log-derivative of what is not positive."""

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from cnf.bijections import Exp, FixedAffine, Sigmoid
+from cnf.bijections import Exp, Sigmoid
+from cnf.bijections.fixed import interior
 from cnf.data.errors import DataError
 from cnf.registry import unknown_name
-from cnf.transforms.base import Chain, Mapped, Request, Transform, compose
+from cnf.transforms.base import Mapped, Request, Transform, compose
 from cnf.transforms.elementwise import Elementwise
 from cnf.transforms.normalization import Standardize
 
 
-class Interval(Chain):
+class Interval(Elementwise):
     """Every entry into (low, high): x = low + (high - low) σ(z), or low + eᶻ without an upper end.
 
-    ``log_det`` of the inverse is -inf for an x that is not inside.
+    x is inside, however far out z is. ``log_det`` of the inverse is -inf for an x that is not.
 
     Args:
         event_shape: the shape of one sample.
@@ -41,10 +42,27 @@ class Interval(Chain):
                 "for data with an upper end only, model -x"
             )
         bounded = math.isfinite(high)
-        affine = FixedAffine(shift=low, scale=high - low if bounded else 1.0)
-        maps = (Sigmoid() if bounded else Exp(), affine)
-        super().__init__([Elementwise(scalar_map, event_shape) for scalar_map in maps])
-        self.low, self.high, self.axes = low, high, len(tuple(event_shape))
+        super().__init__(Sigmoid() if bounded else Exp(), event_shape)
+        self.low, self.high, self.axes = low, high, len(self.event_shape)
+        self.width = high - low if bounded else 1.0
+        self.log_scale = math.prod(self.event_shape) * math.log(self.width)
+
+    def forward(
+        self, z: Tensor, context: Tensor | None = None, request: Request | None = None
+    ) -> Mapped:
+        """Map z into the interval."""
+        share, log_det, _ = super().forward(z)
+        x = interior(self.low + self.width * share, self.low, self.high)
+        return Mapped(x, log_det + self.log_scale, {})
+
+    def inverse(
+        self, x: Tensor, context: Tensor | None = None, request: Request | None = None
+    ) -> Mapped:
+        """Map x to z."""
+        share = (interior(x, self.low, self.high) - self.low) / self.width
+        z, log_det, _ = super().inverse(interior(share, *self.scalar_map.codomain))
+        inside = ((x > self.low) & (x < self.high)).flatten(-self.axes).all(-1)
+        return Mapped(z, torch.where(inside, log_det - self.log_scale, -math.inf), {})
 
     @property
     def constraint(self) -> Any:
@@ -87,7 +105,8 @@ class Simplex(Transform):
     ) -> Mapped:
         """Map z to shares."""
         log_x = torch.log_softmax(torch.cat([z, torch.zeros_like(z[..., :1])], -1), -1)
-        return Mapped(log_x.exp(), log_x.sum(-1), {})
+        x = log_x.exp().clamp_min(torch.finfo(z.dtype).tiny)
+        return Mapped(x, log_x.sum(-1), {})
 
     def inverse(
         self, x: Tensor, context: Tensor | None = None, request: Request | None = None

@@ -126,6 +126,20 @@ def test_round_trip(scalar_map, direction, dtype, tolerance):
     assert ((log_there + log_back).abs() / bound).max() < 1
 
 
+@pytest.mark.parametrize("scalar_map", FIXED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_what_forward_returns_is_inside(scalar_map, dtype):
+    if scalar_map.domain != (-math.inf, math.inf):
+        scale = torch.finfo(dtype).max if math.isinf(scalar_map.domain[1]) else 1.0
+        value = scale * torch.tensor([0.01, 0.5, 0.99], dtype=dtype)
+    else:
+        value = torch.tensor([-1e4, -100.0, -20.0, 0.0, 20.0, 100.0, 1e4], dtype=dtype)
+    x, _ = scalar_map.forward(value)
+    lower, upper = scalar_map.codomain
+    assert ((x > lower) & (x < upper)).all()
+    assert scalar_map.inverse(x)[1].isfinite().all()
+
+
 @every
 def test_closed_forms_return_to_the_last_digits(scalar_map):
     if scalar_map in NUMERIC:

@@ -58,6 +58,26 @@ def test_inverse_undoes_forward(name, batch, dtype):
     torch.testing.assert_close(back.log_det, -there.log_det, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize(
+    "support",
+    ["positive", "interval", "simplex", (-1e6, 0.0), (0.1, 0.7), (1e3, 1e3 + 1), (5.0, math.inf)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_what_lies_far_out_stays_inside(support, dtype):
+    transform = as_support(support, (3,))
+    z = torch.tensor([-1e3, -100, -20, 0, 20, 100, 1e3], dtype=dtype)
+    z = z[:, None].expand(7, transform.latent_shape((3,))[0])
+    x, log_det, _ = transform(z)
+    assert x.isfinite().all()
+    assert log_det.isfinite().all()
+    assert transform.constraint.check(x).all()
+    assert transform.inverse(x).log_det.isfinite().all()
+    if isinstance(support, tuple):
+        ends = torch.tensor(support, dtype=dtype)[:, None].expand(2, 3)
+        assert transform.inverse(ends).log_det.isneginf().all()
+
+
 @every
 def test_log_det_is_the_jacobians(name):
     support, event = SUPPORTS[name]
