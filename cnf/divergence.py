@@ -367,7 +367,7 @@ def push(
     x = x.contiguous()  # forward mode writes tangents in the layout of an expanded x and fails
 
     def at(x: Tensor) -> Tensor:
-        return field(t, x, context)
+        return velocity_of(field, t, x, context)
 
     if torch.compiler.is_compiling():
         velocity, product = _linearized(at, (x,))
@@ -414,6 +414,28 @@ def _linearized(
     return value, lambda along: push(along)[0]
 
 
+def velocity_of(field: Field, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+    """The field's velocity, checked to be one.
+
+    Raises:
+        TypeError: if it is no tensor.
+        ValueError: if it has another shape than the state.
+    """
+    velocity = field(t, x, context)
+    if not isinstance(velocity, Tensor):
+        raise TypeError(
+            f"the velocity must be a tensor of the state's shape {tuple(x.shape)}, and the field "
+            f"returned {type(velocity).__name__}"
+        )
+    # what is compiled has been evaluated for its checks before
+    if not torch.compiler.is_compiling() and velocity.shape != x.shape:
+        raise ValueError(
+            f"the velocity must have the shapes of the state, {[tuple(x.shape)]}, and has "
+            f"{[tuple(velocity.shape)]}"
+        )
+    return velocity
+
+
 def refuse_coupling(field: Field, t: Tensor, x: Tensor, context: Tensor | None) -> None:
     """Raise for a field that couples the samples of a batch: its trace is no log-determinant.
 
@@ -432,7 +454,8 @@ def refuse_coupling(field: Field, t: Tensor, x: Tensor, context: Tensor | None) 
         context = context.detach().reshape(-1, context.shape[-1])[:4]
     moved = torch.cat([rows[:1] + 1, rows[1:]])
     with torch.no_grad():
-        before, after = field(t, rows, context), field(t, moved, context)
+        before = velocity_of(field, t, rows, context)
+        after = velocity_of(field, t, moved, context)
     # what is not finite is for the solver to name
     touched = (before != after) & before.isfinite() & after.isfinite()
     for sample in range(1, len(rows)):

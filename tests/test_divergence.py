@@ -254,6 +254,26 @@ def test_a_coupled_batch_is_refused_by_name(name):
     assert flow.inverse(points(6, 2), None, cnf.Request(log_det=False)).log_det.isnan().all()
 
 
+@pytest.mark.parametrize("couples", [True, False])
+@pytest.mark.parametrize(
+    ("wrong", "error", "told"),
+    [
+        (lambda x: x.sum(-1), ValueError, r"shapes of the state, \[\(3, 2\)\], and has \[\(3,\)"),
+        (lambda x: x[:1], ValueError, r"has \[\(1, 2\)\]"),
+        (lambda x: x.sum(), ValueError, r"has \[\(\)\]"),
+        (lambda x: None, TypeError, "returned NoneType"),
+        (lambda x: (x,), TypeError, "returned tuple"),
+    ],
+    ids=["rows", "broadcast", "scalar", "nothing", "tuple"],
+)
+def test_what_is_no_velocity_is_told(wrong, error, told, couples):
+    field = Coupled(wrong)
+    field.couples_batch = couples
+    for log_det in (True, False):
+        with pytest.raises(error, match=told):
+            cnf.Continuous(field).inverse(points(3, 2), None, cnf.Request(log_det=log_det))
+
+
 def test_what_belongs_together_is_one_event():
     field = Coupled(lambda x: x - x.mean(-2, keepdim=True))
     field.event_dims = 2

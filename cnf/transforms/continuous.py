@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cnf.costs import PathPoint
-from cnf.divergence import Divergence, Exact, event_dims, refuse_coupling
+from cnf.divergence import Divergence, Exact, event_dims, refuse_coupling, velocity_of
 from cnf.ode import Solver, integrate
 from cnf.ode.guard import Rhs, State, Swap
 from cnf.ode.recorder import Together
@@ -99,7 +99,7 @@ class Continuous(Transform):
         clock = self.clock(z)
 
         def rhs(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (clock * self.field(clock * t, state[0], context),)
+            return (clock * velocity_of(self.field, clock * t, state[0], context),)
 
         times = times.to(z)
         start = torch.cat([times.new_zeros(1), times[times > 0]])
@@ -209,7 +209,7 @@ class Continuous(Transform):
         def velocity(
             t: Tensor, state: State, context: Tensor | None = context, clock: Tensor = clock
         ) -> State:
-            return (clock * field(clock * t, state[0], context),)
+            return (clock * velocity_of(field, clock * t, state[0], context),)
 
         def rhs(
             t: Tensor, state: State, context: Tensor | None = context, clock: Tensor = clock
