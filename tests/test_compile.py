@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 
 import cnf
 from cnf import compiling
-from cnf.bijections import Affine
+from cnf.bijections import Affine, Softplus
 from cnf.distributions import Normal
 from cnf.nets import MADE, MLP
 from cnf.transforms import (
@@ -192,6 +192,18 @@ def test_a_compiler_is_told_once_for_each_kind_of_call(monkeypatch):
             for again in (value, value.detach().clone().requires_grad_(value.requires_grad)):
                 torch.testing.assert_close(run(again), function(again))
                 assert len(told) == count
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_exponents_are_exact_in_compiled_code(dtype):
+    sizes = torch.logspace(-30, 1.5, 40, dtype=dtype)
+    x = torch.cat([sizes, -sizes])
+    found = compiling.compiled(compiling.expm1)(x)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found, torch.expm1(x), rtol=16 * eps, atol=0)
+    found = compiling.compiled(Softplus().inverse)(sizes)
+    torch.testing.assert_close(found, Softplus().inverse(sizes), rtol=16 * eps, atol=16 * eps)
 
 
 def test_however_points_lie_they_take_the_same_code():

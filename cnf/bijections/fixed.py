@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from cnf.bijections.base import Pair, ScalarMap
+from cnf.compiling import expm1
 from cnf.registry import record
 
 
@@ -207,7 +208,7 @@ class Softplus(FixedMap):
     def inverse(self, x: Tensor, parameters: Tensor | None = None) -> Pair:
         """X + log(1 − exp(−x)); −inf for the log-derivative of what is not positive."""
         x, inside = _supported(x, *self.codomain)
-        gap = torch.log(-torch.expm1(-x))
+        gap = torch.log(-expm1(-x))
         return x + gap, _masked(-gap, inside)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from cnf.compiling import expm1
 from cnf.distributions.base import Base, as_shape, normal, uniform
 
 
@@ -164,5 +165,5 @@ def _normal_nodes(count: int, dimension: int, seed: int) -> Tensor:
 def _log1mexp(value: Tensor) -> Tensor:
     """Log(1 - exp(value)) for value ≤ 0, without cancellation; finite at 0."""
     value = value.clamp(max=-torch.finfo(value.dtype).tiny)
-    near = torch.log(-torch.expm1(value))
+    near = torch.log(-expm1(value))
     return torch.where(value > -math.log(2), near, torch.log1p(-torch.exp(value)))
