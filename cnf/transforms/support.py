@@ -164,8 +164,7 @@ class SupportedStandardize(Standardize):
             DataError: if a sample lies outside.
             ValueError: if there is no sample, or one is not finite.
         """
-        self.check(x)
-        super().fit(self.support.inverse(x).value)
+        super().fit(self._inner(x, "samples"))
         return self
 
     @torch.no_grad()
@@ -175,7 +174,12 @@ class SupportedStandardize(Standardize):
         Raises:
             DataError: if there are any.
         """
-        outside = (self.support.inverse(x).log_det == -math.inf).flatten()
+        self._inner(x, what)
+
+    def _inner(self, x: Tensor, what: str) -> Tensor:
+        """The samples without their support, where all of them lie inside."""
+        inner, log_det, _ = self.support.inverse(x)
+        outside = (log_det == -math.inf).flatten()
         if bool(outside.any()):
             row = int(outside.nonzero()[0])
             first = x.reshape(len(outside), -1)[row].tolist()
@@ -185,6 +189,7 @@ class SupportedStandardize(Standardize):
                 f"support {self.constraint}, its ends included, the first in row {row} of them: "
                 f"({said}); drop or move them, or build the flow with another support"
             )
+        return inner
 
     def forward(
         self, z: Tensor, context: Tensor | None = None, request: Request | None = None
