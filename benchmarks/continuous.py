@@ -1,4 +1,4 @@
-"""Continuous flows beside FFJORD's method and peers: training steps, densities, samples.
+"""Continuous flows beside FFJORD's method and peers: training steps.
 
 Everyone has the same net with the same numbers, data, tolerance, error norm (root mean square over
 the batch), threads and cores, and everyone's loss, gradient or density is compared with a float64
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 
 import cnf
 from benchmarks import harness, reference
-from benchmarks.roofline import ALONE, alone
+from benchmarks.roofline import ALONE, COMPILED, alone, compiled
 from cnf.nets import TimeMLP
 
 if TYPE_CHECKING:
@@ -29,11 +28,10 @@ if TYPE_CHECKING:
 
 HIDDEN = (64, 64, 64)
 TOLERANCE = 1e-5
-NATS = 1e-4
-"""The error that 99 % of log-densities keep where accuracies are made equal."""
-LADDER = [10 ** (-k / 4) for k in range(10, 29)]
-"""Tolerances from 3e-3 to 1e-7."""
+AT_SOLVERS = functools.partial(cnf.MaximumLikelihood, tolerance=None)
+"""Likelihood at the tolerance of a flow's own solver."""
 FFJORD = "FFJORD's method"
+DEFAULTS = "all defaults"
 
 
 class Found(NamedTuple):
@@ -74,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     rounds = harness.ROUNDS[options.effort]
     if options.torchdyn is not None:
-        _torchdyn_name(options.torchdyn)  # says at once what is wrong with its environment
+        torchdyn_name(options.torchdyn)  # says at once what is wrong with its environment
     tables: list[dict[str, Any]] = []
     for found in _tables(options, rounds):
         tables += found
@@ -91,6 +89,8 @@ def _tables(options: argparse.Namespace, rounds: int) -> Iterator[list[dict[str,
                 steps = training_steps(batch, rounds, options.torchdyn, hutchinson=hutchinson)
                 yield [steps]
     if options.part != "steps":
+        from benchmarks.evaluation import evaluation  # which stands on this module
+
         for features in options.features or ([2] if quick else [2, 43, 63]):
             turns = rounds if features == 2 else max(3, rounds // 3)
             yield evaluation(features, 512, turns, options.torchdyn)
@@ -135,11 +135,12 @@ def flow_with(field: TimeMLP, solver: cnf.Solver, dtype: torch.dtype = torch.flo
 
 
 def compared(found: Found, truth: Found) -> dict[str, Any]:
-    """A training step's work, and how far it is from the truth."""
+    """A training step's work, what it reached, and how far that is from the truth."""
     error = (found.gradient.double() - truth.gradient).norm() / truth.gradient.norm()
     return {
         "NFE": found.forward,
         "NFE backward": found.backward,
+        "loss": found.loss,
         "loss error": abs(found.loss - truth.loss),
         "gradient error": float(error),
     }
@@ -167,17 +168,33 @@ def training_steps(
         entrants[name] = step.call
         harness.say(f"batch {batch}, {name}: first call {first:.1f} s")
     work = notes["cnf checkpoint"]
-    entrants[ALONE] = alone(field, x, 1 if hutchinson else 2, work["NFE"], work["NFE backward"])
-    notes[ALONE] = {"NFE": work["NFE"], "NFE backward": work["NFE backward"]}
-    rows = harness.race(entrants, FFJORD, rounds)
+    counts = {key: work[key] for key in ("NFE", "NFE backward")}
+    for name, floor in ((ALONE, alone), (COMPILED, compiled)):
+        entrants[name] = floor(field, x, 1 if hutchinson else 2, *counts.values())
+        notes[name] = counts
+    race = harness.race(entrants, FFJORD, rounds)
     kind = "Hutchinson, one probe" if hutchinson else "exact divergence"
     return harness.table(
         f"Likelihood training step, batch {batch:,}, {kind}",
-        [{**row.cells(), **notes[row.name]} for row in rows],
+        [_row(row, notes[row.name], notes[FFJORD]) for row in race],
         f"2–64–64–64–2 concatsquash tanh, dopri5 at {TOLERANCE:g}, {rounds} rounds; 8gaussians "
-        "after 200 steps of training. Errors against float64 at 1e-10: of the loss in nats, of the "
-        f"gradient relative to its norm. {ALONE.capitalize()}: those of cnf checkpoint.",
+        "after 200 steps of training. `per evaluation` is the speedup of one evaluation on "
+        "average: what fewer of them save is left out. Errors against float64 at 1e-10: of the "
+        f"loss in nats, of the gradient relative to its norm. {DEFAULTS.capitalize()}: `Solver()` "
+        "and `MaximumLikelihood(flow)`, which trains at 1e-3 and bounds the error of every sample. "
+        f"{ALONE.capitalize()}: those of cnf checkpoint, by PyTorch, all samples at once, and "
+        "called by Python one by one in groups of 1,024 as compiled code.",
     )
+
+
+def _row(row: harness.Row, notes: dict[str, Any], ffjord: dict[str, Any]) -> dict[str, Any]:
+    """A line of the table."""
+    own, theirs = (
+        None if work.get("NFE backward") is None else work["NFE"] + work["NFE backward"]
+        for work in (notes, ffjord)
+    )
+    each = None if own is None or theirs is None else row.speedup * own / theirs
+    return {**row.cells(), "per evaluation": each, **notes}
 
 
 EXACT = cnf.Solver("dopri8", rtol=1e-10, atol=1e-10, gradient="checkpoint", norm="batch")
@@ -190,10 +207,13 @@ def everyone(
     yield FFJORD, plain(field, x, probe)
     for mode in cnf_modes():
         yield f"cnf {mode}", ours(field, x, probe, cnf_modes()[mode])
+    for said, options in compilers().items():
+        solver = cnf.Solver(**options)
+        yield f"cnf, {DEFAULTS}{said}", ours(field, x, probe, solver, cnf.MaximumLikelihood)
     if probe is None and harness.installed("zuko"):
         yield "zuko's solver", zuko_step(field, x)
     if torchdyn is not None:
-        yield _torchdyn_name(torchdyn), torchdyn_step(field, x, probe, torchdyn)
+        yield torchdyn_name(torchdyn), torchdyn_step(field, x, probe, torchdyn)
     if harness.installed("jax", "diffrax"):
         from benchmarks.peers_jax import ADJOINTS
 
@@ -219,11 +239,16 @@ def compilers() -> dict[str, dict[str, Any]]:
     return {"": {}, ", compiled": {"compile": True}}
 
 
-def ours(field: TimeMLP, x: Tensor, probe: Tensor | None, solver: cnf.Solver) -> Step:
+def ours(
+    field: TimeMLP,
+    x: Tensor,
+    probe: Tensor | None,
+    solver: cnf.Solver,
+    likelihood: Callable[..., Any] = AT_SOLVERS,
+) -> Step:
     """Our step; the probe is drawn from a seed, the same that ``probe`` was drawn from."""
     flow = flow_with(field, solver, x.dtype).to(x.device)
-    divergence = None if probe is None else cnf.Hutchinson()
-    objective = cnf.MaximumLikelihood(flow, divergence=divergence, tolerance=None)
+    objective = likelihood(flow, divergence=None if probe is None else cnf.Hutchinson())
     own = flow.transform.field
 
     def call() -> Tensor:
@@ -260,16 +285,16 @@ def zuko_step(field: TimeMLP, x: Tensor) -> Step:
 
 def torchdyn_step(field: TimeMLP, x: Tensor, probe: Tensor | None, python: str) -> Step:
     """torchdyn's solver and adjoint on the same net, in an environment of its own."""
-    return _torchdyn_peer(field, python).step(x, TOLERANCE, probe)
+    return torchdyn_peer(field, python).step(x, TOLERANCE, probe)
 
 
-def _torchdyn_name(python: str) -> str:
+def torchdyn_name(python: str) -> str:
     from benchmarks import peers_torchdyn
 
     return f"torchdyn {peers_torchdyn.version(python)}"
 
 
-def _torchdyn_peer(field: TimeMLP, python: str) -> Torchdyn:
+def torchdyn_peer(field: TimeMLP, python: str) -> Torchdyn:
     from benchmarks.peers_torchdyn import Torchdyn
 
     return Torchdyn(python, reference.Net(field.features, HIDDEN).take(field))
@@ -313,146 +338,3 @@ def diffrax_step(field: TimeMLP, x: Tensor, probe: Tensor | None, adjoint: str) 
         return Found(float(loss), peers_jax.flatten(gradient), nfe, None)
 
     return Step(call, look)
-
-
-# --- densities and samples ----------------------------------------------------------------------
-
-
-class Density(NamedTuple):
-    """A trained flow at some tolerance."""
-
-    log_prob: Callable[[Tensor], Any]
-    decode: Callable[[Tensor], Any]
-
-
-class Entrant(NamedTuple):
-    """One who evaluates: itself at a tolerance, and the truth about its own numbers."""
-
-    at: Callable[[float], Density]
-    truth: Density
-    ladder: list[float]
-
-
-def evaluation(
-    features: int, batch: int, rounds: int, torchdyn: str | None = None
-) -> list[dict[str, Any]]:
-    """Log-densities and samples at tolerances that make everyone equally accurate."""
-    field, data = trained(features)
-    x = data[-batch:]
-    z = torch.randn(batch, features, generator=torch.Generator().manual_seed(1))
-    entrants = dict(evaluators(field, torchdyn))
-    tables = []
-    for what, points in (("log_prob", x), ("decode", z)):
-        calls, notes = {}, {}
-        for name, entrant in entrants.items():
-            truth = getattr(entrant.truth, what)(points.double())
-            call, notes[name] = accurate_enough(entrant, what, points, truth)
-            calls[name] = call
-            harness.say(f"{what}, D = {features}, {name}: tolerance {notes[name]['tolerance']:g}")
-        rows = harness.race(calls, FFJORD, rounds)
-        title = "Log-density with exact trace" if what == "log_prob" else "Samples"
-        tables.append(
-            harness.table(
-                f"{title}, D = {features}, {batch} points",
-                [{**row.cells(), **notes[row.name]} for row in rows],
-                f"{features}–64–64–64–{features}; each at the loosest tolerance that keeps 99 % of "
-                f"its values within {NATS:g} of a float64 solve at 1e-10; {rounds} rounds.",
-            )
-        )
-    return tables
-
-
-def accurate_enough(
-    entrant: Entrant, what: str, points: Tensor, truth: Tensor, wanted: float = NATS
-) -> tuple[Callable[[], object], dict[str, Any]]:
-    """A call at the loosest tolerance that suffices, or the most exact one, and what it reached."""
-    best = (math.inf, math.nan, getattr(entrant.truth, what))
-    for tolerance in entrant.ladder:
-        function = getattr(entrant.at(tolerance), what)
-        error = error_99(function(points), truth)
-        if error < best[0]:
-            best = error, tolerance, function
-        if error <= wanted:
-            break
-    error, tolerance, function = best
-    return lambda: function(points), {"tolerance": tolerance, "error": error}
-
-
-def error_99(found: Any, truth: Tensor) -> float:
-    """The 99th percentile of the errors; of a sample, of its worst coordinate."""
-    away = (torch.as_tensor(found).double() - truth).abs()
-    return float((away if away.dim() == 1 else away.amax(-1)).quantile(0.99))
-
-
-def evaluators(field: TimeMLP, torchdyn: str | None) -> Iterator[tuple[str, Entrant]]:
-    """All entrants; a peer that is not installed is left out."""
-    exact = flow_with(field, EXACT, torch.float64)
-    truth = density(exact)
-    features = field.features
-    ffjord = reference.FFJORD(features, HIDDEN)
-    ffjord.net.take(field)
-
-    def plainly(tolerance: float) -> Density:
-        ffjord.tolerance = tolerance
-        return Density(torch.no_grad()(ffjord.log_prob), ffjord.decode)
-
-    def ours_at(tolerance: float, **options: Any) -> Density:
-        solver = cnf.Solver(rtol=tolerance, atol=tolerance, norm="batch", **options)
-        return density(flow_with(field, solver))
-
-    yield FFJORD, Entrant(plainly, truth, LADDER)
-    for said, options in compilers().items():
-        yield f"cnf{said}", Entrant(functools.partial(ours_at, **options), truth, LADDER)
-    default = density(flow_with(field, cnf.Solver()))
-    yield "cnf, default solver", Entrant(lambda _: default, truth, [cnf.Solver().rtol])
-    if harness.installed("zuko"):
-        yield "zuko's solver", Entrant(_zuko(field), truth, LADDER)
-    if torchdyn is not None:
-        yield _torchdyn_name(torchdyn), Entrant(_torchdyn(field, torchdyn), truth, LADDER)
-    if harness.installed("jax", "diffrax"):
-        yield "diffrax, jit", Entrant(_diffrax(field), truth, LADDER)
-
-
-def density(flow: cnf.Flow) -> Density:
-    """A flow of ours, without gradients."""
-    return Density(torch.no_grad()(flow.log_prob), torch.no_grad()(flow.decode))
-
-
-def _zuko(field: TimeMLP) -> Callable[[float], Density]:
-    from benchmarks.peers_zuko import ZukoSolver
-
-    net = reference.Net(field.features, HIDDEN).take(field)
-
-    def at(tolerance: float) -> Density:
-        flow = ZukoSolver(net, tolerance)
-        return Density(torch.no_grad()(flow.log_prob), flow.decode)
-
-    return at
-
-
-def _torchdyn(field: TimeMLP, python: str) -> Callable[[float], Density]:
-    peer = _torchdyn_peer(field, python)
-
-    def at(tolerance: float) -> Density:
-        return Density(lambda x: peer.log_prob(x, tolerance), lambda z: peer.decode(z, tolerance))
-
-    return at
-
-
-def _diffrax(field: TimeMLP) -> Callable[[float], Density]:
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from benchmarks import peers_jax
-
-    peer, parameters = peers_jax.Diffrax(), peers_jax.parameters_of(field)
-
-    def at(tolerance: float) -> Density:
-        def evaluate(function: Callable[..., Any], points: Tensor) -> Any:
-            found = function(parameters, jnp.asarray(points.numpy()), tolerance)
-            return np.array(jax.block_until_ready(found))
-
-        return Density(lambda x: evaluate(peer.log_prob, x), lambda z: evaluate(peer.decode, z))
-
-    return at

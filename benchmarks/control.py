@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import cnf
-from benchmarks import continuous, harness
+from benchmarks import continuous, evaluation, harness
 from cnf.nets import TimeMLP
 
 TOLERANCES = [10 ** (-quarters / 4) for quarters in range(16, 29)]
@@ -98,7 +98,7 @@ def _figures(
         flow = continuous.flow_with(field, solver)
         with torch.no_grad(), cnf.count_nfe() as nfe:
             value = getattr(flow, what)(x)
-        errors.append(continuous.error_99(value, exact))
+        errors.append(evaluation.error_99(value, exact))
         work.append(nfe.forward)
     slope, start = np.polyfit(np.log(errors), np.log(work), 1)
     return [sum(work), *[math.exp(start + slope * math.log(a)) for a in ACCURACIES]]

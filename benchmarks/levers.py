@@ -13,19 +13,8 @@ import torch
 
 import cnf
 from benchmarks import harness
-from benchmarks.continuous import (
-    EXACT,
-    TOLERANCE,
-    Density,
-    Entrant,
-    Step,
-    accurate_enough,
-    compared,
-    density,
-    flow_with,
-    ours,
-    trained,
-)
+from benchmarks.continuous import EXACT, TOLERANCE, Step, compared, flow_with, ours, trained
+from benchmarks.evaluation import Density, Entrant, accurate_enough, density
 
 T = TypeVar("T")
 
@@ -117,10 +106,8 @@ def methods(batch: int, rounds: int) -> dict[str, Any]:
         calls, notes = {}, {}
         for method in METHODS:
             entrant = Entrant(functools.partial(at, method), exact, LADDER)
-            calls[method], reached = accurate_enough(entrant, "log_prob", x, truth, wanted)
-            with cnf.count_nfe() as work:
-                calls[method]()
-            notes[method] = {"NFE": work.forward, **reached}
+            found = accurate_enough(entrant, "log_prob", x, truth, wanted)
+            calls[method], notes[method] = found
         for row in harness.race(calls, "dopri5", rounds):
             rows.append({**row.cells(), **notes[row.name], "": f"{row.name}, {wanted:g}"})
     return harness.table(

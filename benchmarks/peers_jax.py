@@ -93,20 +93,21 @@ class Diffrax:
         self.value_and_grad: Callable[..., Any] = jax.jit(
             jax.value_and_grad(self._loss, has_aux=True)
         )
-        # the tolerance is an argument of these, so that another one is not compiled anew
-        self.log_prob: Callable[..., Any] = jax.jit(
-            lambda parameters, x, tolerance: self._log_prob(parameters, x, None, tolerance)[0]
+        # the tolerance is an argument of these, so that another one is not compiled anew; the
+        # evaluations of the velocity come along
+        self.log_prob: Callable[..., tuple[Any, Any]] = jax.jit(
+            lambda parameters, x, tolerance: self._log_prob(parameters, x, None, tolerance)
         )
-        self.decode: Callable[..., Any] = jax.jit(self._decode)
+        self.decode: Callable[..., tuple[Any, Any]] = jax.jit(self._decode)
 
     def step(self, parameters: Parameters, x: Any, probe: Any = None) -> tuple[Any, Any, int]:
         """The loss in nats, its gradient, and the evaluations of the forward solve."""
-        (loss, steps), gradient = jax.block_until_ready(self.value_and_grad(parameters, x, probe))
-        return loss, gradient, 6 * int(steps) + 2  # the last stage is the next step's first
+        (loss, nfe), gradient = jax.block_until_ready(self.value_and_grad(parameters, x, probe))
+        return loss, gradient, int(nfe)
 
     def _loss(self, parameters: Parameters, x: Any, probe: Any) -> tuple[Any, Any]:
-        log_prob, steps = self._log_prob(parameters, x, probe, self.tolerance)
-        return -log_prob.mean(), steps
+        log_prob, nfe = self._log_prob(parameters, x, probe, self.tolerance)
+        return -log_prob.mean(), nfe
 
     def _log_prob(
         self, parameters: Parameters, x: Any, probe: Any, tolerance: Any
@@ -119,16 +120,16 @@ class Diffrax:
             return push(parameters, t, state[0], probe)
 
         state = (x, jnp.zeros(len(x)))
-        (z, change), steps = self._solve(rhs, state, (parameters, probe), (1.0, 0.0), tolerance)
+        (z, change), nfe = self._solve(rhs, state, (parameters, probe), (1.0, 0.0), tolerance)
         normal = -0.5 * (z**2 + math.log(2 * math.pi)).sum(-1)
-        return normal + change, steps
+        return normal + change, nfe
 
-    def _decode(self, parameters: Parameters, z: Any, tolerance: Any) -> Any:
+    def _decode(self, parameters: Parameters, z: Any, tolerance: Any) -> tuple[Any, Any]:
         def rhs(t: Any, state: tuple[Any], parameters: Parameters) -> tuple[Any]:
             return (velocity(parameters, t, state[0]),)
 
-        (x,), _ = self._solve(rhs, (z,), parameters, (0.0, 1.0), tolerance)
-        return x
+        (x,), nfe = self._solve(rhs, (z,), parameters, (0.0, 1.0), tolerance)
+        return x, nfe
 
     def _solve(
         self,
@@ -148,4 +149,5 @@ class Diffrax:
             stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
             adjoint=self.adjoint,
         )
-        return tuple(part[-1] for part in found.ys), found.stats["num_steps"]
+        # the last stage is the next step's first
+        return tuple(part[-1] for part in found.ys), 6 * found.stats["num_steps"] + 2

@@ -58,6 +58,10 @@ class Torchdyn:
         """The data of latent z."""
         return self.pipe.ask("decode", self.place, z, tolerance)
 
+    def work(self, what: str, points: Tensor, tolerance: float) -> int:
+        """How many evaluations one of the two takes."""
+        return self.pipe.ask("work", self.place, what, points, tolerance)
+
 
 @functools.cache
 def _pipe(python: str) -> _Pipe:
@@ -127,6 +131,12 @@ class _Served:
     def decode(self, place: int, z: Tensor, tolerance: float) -> Tensor:
         field = _Timed(self.nets[place], backwards=False)
         return _solver(field, tolerance)(z)[-1]
+
+    def work(self, place: int, what: str, points: Tensor, tolerance: float) -> int:
+        net = self.nets[place]
+        before = net.calls
+        getattr(self, what)(place, points, tolerance)
+        return net.calls - before
 
 
 class _Timed(nn.Module):

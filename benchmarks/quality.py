@@ -260,6 +260,6 @@ def diffrax() -> Peer:
             raise FloatingPointError("diffrax's loss is not finite")
 
     def density(x: Tensor) -> Any:
-        return np.array(peer.log_prob(parameters, jnp.asarray(x.numpy()), 1e-5))
+        return np.array(peer.log_prob(parameters, jnp.asarray(x.numpy()), 1e-5)[0])
 
     return Peer(step, density, 512, True)

@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from cnf import compiling
 from cnf.nets import TimeMLP
+from cnf.tanh import quick_tanh
 
 ALONE = "matrix products and tanh alone"
+COMPILED = "the same as compiled code"
+GROUP = 1024
+"""Samples that compiled steps solve together."""
+
+
+def compiled(
+    field: TimeMLP, x: Tensor, tangents: int, forward: int, backward: int
+) -> Callable[[], None]:
+    """``alone`` by the products and the tanh that compiled steps have, in their groups."""
+    groups = [alone(field, part, tangents, forward, backward, _Compiled) for part in x.split(GROUP)]
+
+    def call() -> None:
+        for group in groups:
+            group()
+
+    return call
 
 
 def alone(
-    field: TimeMLP, x: Tensor, tangents: int | None, forward: int, backward: int
+    field: TimeMLP,
+    x: Tensor,
+    tangents: int | None,
+    forward: int,
+    backward: int,
+    kind: type[_Products] | None = None,
 ) -> Callable[[], None]:
     """The matrix products and activations of a checkpointed training step, and nothing else.
 
@@ -29,8 +53,9 @@ def alone(
         inner_shapes = [(len(x), sizes[1], sizes[2] * sizes[3])]
     else:
         inner_shapes = [(tangents * len(x), *pair) for pair in pairwise(sizes[1:-1])]
-    whole = _Products(x, [(len(x), *pair) for pair in pairwise(sizes)], len(sizes) - 2)
-    inner = _Products(x, inner_shapes, 0)
+    kind = kind or _Products
+    whole = kind(x, [(len(x), *pair) for pair in pairwise(sizes)], len(sizes) - 2)
+    inner = kind(x, inner_shapes, 0)
     traced, differentiated = 2 + 3 * (forward - 2) // 8, 4 * backward // 9
 
     def call() -> None:
@@ -67,3 +92,34 @@ class _Products:
         for (points, weight), end in zip(self.pairs, self.ends, strict=True):
             torch.mm(end, weight.T)
             torch.mm(points.T, end)
+
+
+class _Compiled(_Products):
+    """The same in code that Inductor makes."""
+
+    def evaluate(self) -> None:
+        _code(_evaluate)(*self._operands(), len(self.hidden))
+
+    def differentiate(self) -> None:
+        _code(_differentiate)(*self._operands(), self.ends)
+
+    def _operands(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        points, weights = zip(*self.pairs, strict=True)
+        return points, weights
+
+
+@functools.cache
+def _code(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    return compiling.compiled(function, dynamic=True, whole=True, native=True)
+
+
+def _evaluate(points: Sequence[Tensor], weights: Sequence[Tensor], activated: int) -> list[Tensor]:
+    ends = [part @ weight for part, weight in zip(points, weights, strict=True)]
+    return [*map(quick_tanh, ends[:activated]), *ends[activated:]]
+
+
+def _differentiate(
+    points: Sequence[Tensor], weights: Sequence[Tensor], ends: Sequence[Tensor]
+) -> list[Tensor]:
+    parts = zip(points, weights, ends, strict=True)
+    return [product for x, w, end in parts for product in (end @ w.T, x.T @ end)]
