@@ -2,7 +2,10 @@
 
 torchdiffeq's adjoint solves back everything that was integrated. Integrals (the log-determinant,
 costs) enter no velocity: their adjoints are constant and their values are not needed, so only the
-state proper and its adjoint go back, with the parameters' gradients as quadratures beside them.
+state proper, its adjoint and the parameters' gradients go back; the last, which nothing depends on
+either, need not steer the steps. By Lobatto's rule instead of in the stages, as the forward pass
+takes its integrals, they would cost more: eight evaluations a step, three of them with the products
+for the parameters, are nineteen of the work that six with all three are eighteen of.
 """
 
 from __future__ import annotations
