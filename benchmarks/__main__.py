@@ -30,6 +30,7 @@ COMMANDS = {
     "breakdown": "what the time of compiled steps and samples goes to",
     "revisions": "a compiled training step of this checkout beside other revisions'",
     "table": "fit, score and sample a CSV of 5,000 x 6",
+    "summary": "write the tables of the docs anew from the results",
 }
 """Each is a module of this package with ``add_arguments(parser)`` and ``run(options)``."""
 

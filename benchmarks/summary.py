@@ -1,0 +1,168 @@
+"""The tables of the docs, made from the results: ``docs/benchmarks.md`` says where each one stands.
+
+What stands between ``<!-- table: NAME FOLDER -->`` and ``<!-- end -->`` is written here, from the
+JSON files of that folder of the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS, markdown
+from benchmarks.quality import FFJORD as SCRIPT
+from benchmarks.quality import OURS, THRESHOLDS
+
+PAGES = [Path(__file__).parent.parent / "docs" / "benchmarks.md"]
+PLACE = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+Cells = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--check", action="store_true", help="only say whether pages are up to date"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    stale = [page for page in PAGES if refreshed(page.read_text()) != page.read_text()]
+    if options.check:
+        if stale:
+            raise SystemExit(f"stale: {', '.join(page.name for page in stale)}")
+        return
+    for page in stale:
+        page.write_text(refreshed(page.read_text()))
+        print(f"wrote {page.name}")
+
+
+def refreshed(text: str) -> str:
+    """A page with its tables as the results have them."""
+
+    def table(place: re.Match[str]) -> str:
+        name, *folder = place[2].split()
+        return (
+            f"{place[1]}\n{markdown(list(TABLES[name](RESULTS.joinpath(*folder))))}\n\n{place[3]}"
+        )
+
+    return PLACE.sub(table, text)
+
+
+def steps(folder: Path) -> Iterator[Cells]:
+    """How many times faster than FFJORD's method everybody trains."""
+    columns = {}
+    for table in _tables(folder, "continuous-steps"):
+        batch, kind = re.fullmatch(r".*, batch ([\d,]+), (\w+).*", table["title"]).groups()
+        columns[batch if kind == "exact" else f"one probe: {batch}"] = _speedups(table)
+    yield from _turned(columns)
+
+
+def evaluation(folder: Path) -> Iterator[Cells]:
+    """How many times faster than FFJORD's method everybody evaluates."""
+    yield from _turned({name: _speedups(table) for name, table in _evaluations(folder)})
+
+
+def beside(folder: Path) -> Iterator[Cells]:
+    """How many times faster ours evaluates than zuko's and diffrax's."""
+    found = {name: _speedups(table) for name, table in _evaluations(folder)}
+    for own, peer in (
+        ("cnf", "zuko's solver"),
+        ("cnf, compiled", "zuko's solver"),
+        ("cnf, compiled", "diffrax, jit"),
+    ):
+        quotients = {name: row[own] / row[peer] for name, row in found.items()}
+        yield {"": f"{own}, times {peer.partition(',')[0]}", **quotients}
+
+
+def quality(folder: Path) -> Iterator[Cells]:
+    """Seconds until a density is good."""
+    for target, goals in THRESHOLDS.items():
+        rows = {row[""]: row for row in _tables(folder, f"quality-{target}")[0]["rows"]}
+        for goal in goals:
+            key = f"to {goal:g} nats"
+            took = {name: row[key] for name, row in rows.items()}
+            ours, theirs = took[OURS["ffjord+fm"]], took[SCRIPT]
+            yield {
+                "": f"{target}, {goal:g} nats",
+                **{name: _seconds(value) for name, value in took.items()},
+                "times": _quotient(theirs, ours),
+            }
+
+
+def discrete(folder: Path) -> Iterator[Cells]:
+    """How many times faster than the best other PyTorch package, and than flowjax."""
+    tables = _tables(folder, "discrete")
+    for lines in zip(*[table["rows"] for table in tables], strict=True):
+        cells: Cells = {"": lines[0][""]}
+        for table, row in zip(tables, lines, strict=True):
+            features = re.findall(r"\d+", table["title"])[-1]
+            cells |= {
+                f"D = {features}, eager": row["eager ×"],
+                f"D = {features}, compiled": row["compiled ×"],
+                f"D = {features}, compiled, times flowjax": row.get(
+                    "flowjax ×", row["flowjax"] / row["compiled"]
+                ),
+            }
+        yield cells
+
+
+def products(folder: Path) -> Iterator[Cells]:
+    """Billions of operations a second."""
+    rows = _tables(folder, "products")[1]["rows"]
+    columns = {f"n = {row['n']:,}": {k: v for k, v in row.items() if k != "n"} for row in rows}
+    yield from _turned(columns)
+
+
+def breakdown(folder: Path) -> Iterator[Cells]:
+    """Which part of the time compiled code takes."""
+    for table in _tables(folder, "breakdown"):
+        batch = table["title"].rpartition(" ")[2]
+        cells: Cells = {"code, % of": f"batch {batch}"}
+        for row in table["rows"]:
+            cells[row[""].replace("training step, ", "")] = f"{100 - row['rest, %']:.0f}"
+        yield cells
+
+
+TABLES: dict[str, Callable[[Path], Iterator[Cells]]] = {
+    function.__name__: function
+    for function in (steps, evaluation, beside, quality, discrete, products, breakdown)
+}
+
+
+def _tables(folder: Path, name: str) -> list[dict[str, Any]]:
+    return json.loads((folder / f"{name}.json").read_text())["tables"]
+
+
+def _evaluations(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Those of densities, then those of samples, by what their columns are called."""
+    tables = _tables(folder, "continuous-evaluation")
+    for start, said in (("Log-density", "`log_prob`"), ("Samples", "samples")):
+        for table in tables:
+            if table["title"].startswith(start):
+                yield f"{said}, {re.findall('D = [0-9]+', table['title'])[0]}", table
+
+
+def _speedups(table: dict[str, Any]) -> dict[str, float]:
+    return {row[""]: row["speedup"] for row in table["rows"]}
+
+
+def _turned(columns: dict[str, dict[str, float]]) -> Iterator[Cells]:
+    """Columns of numbers by name as rows."""
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    for name in names:
+        yield {"": name, **{title: column.get(name) for title, column in columns.items()}}
+
+
+def _seconds(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _quotient(theirs: float | str, ours: float | str) -> str:
+    if isinstance(ours, str):
+        return "–"
+    if isinstance(theirs, str):
+        return f"> {float(theirs.lstrip('> ')) / ours:.0f}"
+    return f"{theirs / ours:.0f}"
