@@ -52,22 +52,12 @@ def write_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{secrets.token_hex(4)}-{target.name}")
-    with _named(path, part), contextlib.ExitStack() as end:
-        end.callback(_remove, part)
-        yield part
-        if part.is_dir():
-            _sync_tree(part)
-            _swap_in(part, target)
-        elif part.exists():
-            _sync(part)
-            if target.is_dir():
-                raise FileExistsError(
-                    errno.EEXIST, "is a directory; choose another name", str(target)
-                )
-            os.replace(part, target)
-        else:
-            raise FileNotFoundError(f"nothing was written for {target}")
-        _sync(target.parent)
+    with _named(path, part):
+        try:
+            yield part
+            _take_place(part, target)
+        finally:
+            _remove(part)
 
 
 @contextlib.contextmanager
@@ -79,6 +69,21 @@ def _named(path: str | os.PathLike[str], part: Path) -> Iterator[None]:
         if error.errno is not None and error.filename in (None, part, str(part)):
             error.filename = os.fspath(path)
         raise
+
+
+def _take_place(part: Path, target: Path) -> None:
+    """Put what is complete, a file or a directory, in the place that is its own."""
+    if part.is_dir():
+        _sync_tree(part)
+        _swap_in(part, target)
+    elif part.exists():
+        _sync(part)
+        if target.is_dir():
+            raise FileExistsError(errno.EEXIST, "is a directory; choose another name", str(target))
+        os.replace(part, target)
+    else:
+        raise FileNotFoundError(f"nothing was written for {target}")
+    _sync(target.parent)
 
 
 def _swap_in(part: Path, target: Path) -> None:
