@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 import time
 
@@ -749,10 +750,27 @@ def test_resuming_something_else_is_refused(tmp_path):
 
 
 def test_a_run_goes_on_with_another_solver(tmp_path):
-    for steps, solver in ((2, Solver("rk4", step_size=0.5)), (4, Solver("bosh3", compile="eager"))):
+    solvers = (
+        Solver("rk4", step_size=0.5),
+        Solver("bosh3", compile="eager"),
+        # its text has parentheses, and goes on over several lines
+        Solver("dopri5", options={"jump_t": torch.linspace(0.1, 0.9, 17)}),
+    )
+    for steps, solver in enumerate(solvers, 1):
         flow = ffjord(2, hidden=(4,), solver=solver)
-        history = fit(flow, gaussian(300), steps=steps, out=tmp_path, resume=True)
-    assert history.steps == 4
+        history = fit(flow, gaussian(300), steps=2 * steps, out=tmp_path, resume=True)
+    assert history.steps == 6
+
+
+@pytest.mark.parametrize("end_time", [1.0, 2.0])
+def test_a_structure_says_what_earlier_checkpoints_say(end_time):
+    flow = ffjord(2, hidden=(4,), end_time=end_time, solver=Solver("rk4", step_size=0.5))
+    earlier = [
+        re.sub(r"solver=Solver\([^()]*\)", "", line).strip()
+        for line in repr(flow).splitlines()
+        if "Parameter containing:" not in line
+    ]
+    assert checkpoint.structure(flow) == earlier
 
 
 def test_a_poisoned_state_is_never_written(tmp_path):

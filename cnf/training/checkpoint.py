@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cnf.ode import Solver
 from cnf.storage import write_tensors
 
 NAME = "checkpoint.safetensors"
-# as a module's text names it
-SOLVER = re.compile(r"solver=Solver\([^()]*\)")
 
 
 class CheckpointError(ValueError):
@@ -106,10 +104,19 @@ def structure(module: torch.nn.Module) -> list[str]:
     >>> structure(torch.nn.Sequential(torch.nn.ReLU()))
     ['Sequential(', '(0): ReLU()', ')']
     """
-    # another solver, or a compiled one, computes the same flow
-    lines = (SOLVER.sub("", line).strip() for line in repr(module).splitlines())
+    text = _flush(repr(module))
+    for part in module.modules():
+        solver = getattr(part, "solver", None)
+        if isinstance(solver, Solver):
+            # another one, or a compiled one, computes the same flow
+            text = text.replace(_flush(f"solver={solver}"), "")
     # of parameters in a list it says the device, which may change
-    return [line for line in lines if "Parameter containing:" not in line]
+    return [line for line in _flush(text).split("\n") if "Parameter containing:" not in line]
+
+
+def _flush(text: str) -> str:
+    """The same lines without what they are indented by, which depends on the modules around."""
+    return "\n".join(line.strip() for line in text.splitlines())
 
 
 def signature(parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
