@@ -276,7 +276,27 @@ class LULinear(Linear):
         return self.log_diagonal.sum()
 
 
-class Rotation(Linear):
+class Orthogonal(Linear):
+    """x = Q z + b with Qᵀ Q = I; log_det = 0. A subclass says what ``matrix`` is."""
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """Q."""
+
+    def multiply(self, z: Tensor) -> Tensor:
+        """Q z."""
+        return z @ self.matrix().mT
+
+    def solve(self, y: Tensor) -> Tensor:
+        """Qᵀ y."""
+        return y @ self.matrix()
+
+    def log_abs_det(self) -> float:
+        """Zero."""
+        return 0.0
+
+
+class Rotation(Orthogonal):
     """x = exp(A) z with A skew-symmetric; log_det = 0. Starts at the identity.
 
     In two dimensions the one parameter is the angle in radians, counter-clockwise; in more, there
@@ -312,20 +332,8 @@ class Rotation(Linear):
         A = A.index_put((rows, columns), self.angles)
         return torch.linalg.matrix_exp(A - A.mT)
 
-    def multiply(self, z: Tensor) -> Tensor:
-        """exp(A) z."""
-        return z @ self.matrix().mT
 
-    def solve(self, y: Tensor) -> Tensor:
-        """exp(A)ᵀ y."""
-        return y @ self.matrix()
-
-    def log_abs_det(self) -> float:
-        """Zero."""
-        return 0.0
-
-
-class HouseholderLinear(Linear):
+class HouseholderLinear(Orthogonal):
     """x = Q z + b with Q = H₁ ⋯ H_K, H_k = I - 2 v_k v_kᵀ / |v_k|²; log_det = 0.
 
     The vectors start in equal pairs, so Q starts as the identity; with ``features`` of them (or
@@ -350,18 +358,6 @@ class HouseholderLinear(Linear):
     def matrix(self) -> Tensor:
         """Q."""
         return householder(self.vectors)
-
-    def multiply(self, z: Tensor) -> Tensor:
-        """Q z."""
-        return z @ self.matrix().mT
-
-    def solve(self, y: Tensor) -> Tensor:
-        """Qᵀ y."""
-        return y @ self.matrix()
-
-    def log_abs_det(self) -> float:
-        """Zero."""
-        return 0.0
 
 
 class QRLinear(Linear):
