@@ -125,6 +125,10 @@ class FlowMatching(Objective):
         if self.coupling.joint and batch.context is not None:
             groups(self.coupling, batch.context)  # refused here: repeated contexts are never alone
         batch = batch.repeated(self.draws)
+        if self.coupling.joint and batch.weight is not None:
+            # base samples would count as unequally as the rows that they are paired with
+            drawn = batch.weight.multinomial(len(batch.x), replacement=True, generator=generator)
+            batch = batch.map(lambda part: part[drawn])._replace(weight=None)
         # with its gradient: a flow may train an encoder of it
         context = self._context(batch, generator)
         with torch.no_grad():

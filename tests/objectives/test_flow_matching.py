@@ -185,6 +185,16 @@ def test_fixed_parts_between_the_continuous_one_and_the_data():
     torch.testing.assert_close(outside, inside)
 
 
+@pytest.mark.parametrize("coupling", ["independent", "exact", "sinkhorn"])
+def test_weighted_rows_are_paired_as_repeated_ones_are(coupling):
+    objective = FlowMatching(flow_of(Polynomial(1)), coupling=coupling)
+    x = torch.tensor([-2.0, 2.0], dtype=torch.float64).repeat(1000).unsqueeze(-1)
+    weight = torch.tensor([1.0, 3.0], dtype=torch.float64).repeat(1000)
+    weighted = objective(Batch(x, None, weight), generator=generator())
+    repeated = objective(Batch(x.repeat_interleave(weight.long(), 0)), generator=generator())
+    assert weighted.total.item() == pytest.approx(repeated.total.item(), rel=0.05)
+
+
 def test_reflow_learns_the_teachers_pairs_in_place_of_the_data():
     teacher = flow_of(Polynomial(1), 1)
     with torch.no_grad():
