@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cnf.divergence import event_dims
+from cnf.divergence import event_dims, velocity_of
 from cnf.nets.guidance import Guided
 from cnf.objectives.base import (
     MISSING,
@@ -198,12 +198,12 @@ def _velocity(part: Continuous, t: Tensor, x: Tensor, context: Tensor | None, sh
     """The velocity at rows of x, of which so many in a row share one of the times t."""
     clock = part.clock(x)
     if share == 1:
-        return clock * part.field(clock * t, x, context)
+        return clock * velocity_of(part.field, clock * t, x, context)
     if context is not None:
         context = context.unflatten(0, (-1, share))
     # expanded rather than repeated, which tells the layers that they may compute it once
     t = (clock * t).unsqueeze(1).expand(-1, share)
-    return clock * part.field(t, x.unflatten(0, (-1, share)), context).flatten(0, 1)
+    return clock * velocity_of(part.field, t, x.unflatten(0, (-1, share)), context).flatten(0, 1)
 
 
 def continuous_part(flow: Flow) -> tuple[Continuous, list[Transform]]:

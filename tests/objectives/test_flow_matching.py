@@ -224,6 +224,16 @@ def test_what_cannot_be_matched_is_refused():
         )
 
 
+@pytest.mark.parametrize("rows", [LEAST_TIMES, 4 * LEAST_TIMES])
+def test_what_is_no_velocity_is_refused(rows):
+    class Sum(Polynomial):
+        def forward(self, t, x, context=None):
+            return super().forward(t, x, context).sum(-1, keepdim=True)
+
+    with pytest.raises(ValueError, match="the velocity must have the shapes of the state"):
+        FlowMatching(flow_of(Sum(1), 2))(Batch(torch.zeros(rows, 2, dtype=torch.float64)))
+
+
 def test_impossible_settings_are_refused():
     flow = cnf.ffjord(2, hidden=(8,))
     with pytest.raises(ValueError, match="coupling='reflow' needs the flow"):
