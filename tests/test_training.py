@@ -269,6 +269,21 @@ def test_slow_validation_is_bounded():
     assert 2 <= len(history.validations) <= 8
 
 
+def test_what_is_only_scored_leaves_no_trace():
+    modes = []
+
+    class Watching(Affine):
+        def inverse(self, x, context=None, request=None):
+            if not torch.is_grad_enabled():
+                modes.append(self.training)
+            return super().inverse(x, context, request)
+
+    flow = Flow(Watching(2), Normal((2,)))
+    fit(flow, gaussian(300), seconds=0.1, initialize=False)
+    assert modes
+    assert not any(modes)
+
+
 def test_objectives_run_in_turn():
     seen = []
 

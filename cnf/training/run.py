@@ -213,6 +213,7 @@ class Run:
             rows = (share.last_step - share.first_step) * self.order.size
             self.validator.limit_work(rows, stage.updater.objective.step_cost)
         if share.end is not None:
+            self.flow.eval()
             try:
                 self.validator.limit_seconds(self.flow, share.end - share.start)
             except NUMERICAL as error:
