@@ -287,11 +287,11 @@ class Flow(nn.Module):
         A transform that draws noise draws it from the request's generator.
         """
         x, context = self._broadcast(x, context)
-        self.initialized.fill_(True)
         x, seen = self.scaling.inverse(x).value, self._seen(context)
         self.transform.initialize(x, seen, request)
         z = self.transform.inverse(x, seen, value_only(request)).value
         self.base.initialize(z, seen, request)
+        self.initialized.fill_(True)
         return self
 
     # ---- the two directions ----------------------------------------------------------------

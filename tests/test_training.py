@@ -392,6 +392,15 @@ def test_a_fitted_flow_is_not_initialised_again():
     assert not torch.equal(flow.scaling.loc, loc)
 
 
+def test_a_flow_that_could_not_be_initialised_is_not():
+    flow = glow((1, 4, 4), levels=1, depth=1, hidden=(4,), dequantize="uniform", bins=8)
+    pixels = torch.randint(8, (20, 1, 4, 4)).float()
+    with pytest.raises(DataError, match="takes integers"):
+        flow.initialize(pixels / 2)
+    assert not flow.initialized
+    assert flow.initialize(pixels).initialized
+
+
 @pytest.mark.parametrize(
     ("data", "context", "message"),
     [
