@@ -225,8 +225,8 @@ def train(
             )
         except (TypeError, ValueError) as error:
             raise RecipeError(f"{model}: {error}") from error
-    flow.to(as_device(device), dtype)
-    _rehearse(flow, data)
+        flow.to(as_device(device), dtype)
+        _rehearse(flow, data)
     chosen: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
     history = fit(
         flow,

@@ -188,6 +188,14 @@ def test_the_same_seed_gives_the_same_numbers_and_leaves_the_global_state() -> N
     assert [row.test_nll for row in first.rows] != [row.test_nll for row in other.rows]
 
 
+def test_training_an_estimated_density_leaves_the_global_state() -> None:
+    state = torch.random.get_rng_state()
+    arguments = {"hidden": (4,), "divergence": cnf.Hutchinson()}
+    data = split(BROAD, train_size=100, test_size=40)
+    trial.train("ffjord", data, steps=1, arguments=arguments, progress=False)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 def test_a_table_has_no_truth(csv, tmp_path) -> None:
     found = small(csv, out=tmp_path / "out")
     said = json.loads((tmp_path / "out" / "results.json").read_text())
