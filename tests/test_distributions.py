@@ -163,6 +163,8 @@ def test_full_normal_is_torchs():
     torch.testing.assert_close(base.log_prob(z), theirs.log_prob(z))
     draws = base.rsample((50_000,), generator=seeded())
     torch.testing.assert_close(draws.T.cov(), covariance, atol=0.05, rtol=0.05)
+    for given in ({"loc": loc}, {"covariance": covariance}):
+        assert MultivariateNormal(3, **given).rsample((2,)).dtype == F64
 
 
 def test_uniform_has_no_gradient_that_is_not_a_number():

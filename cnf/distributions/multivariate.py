@@ -53,6 +53,8 @@ class MultivariateNormal(Base):
         self.conditioner = conditioner
         loc = torch.zeros(features) if loc is None else torch.as_tensor(loc).clone()
         covariance = torch.eye(features) if covariance is None else torch.as_tensor(covariance)
+        dtype = torch.promote_types(loc.dtype, covariance.dtype)
+        loc, covariance = loc.to(dtype), covariance.to(dtype)
         if loc.shape != (features,) or covariance.shape != (features, features):
             raise ValueError(
                 f"expected a mean of ({features},) and a covariance of ({features}, {features}), "
