@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from cnf.files import write_whole
+from cnf.ode import Solver
 from cnf.registry import MODELS, Recipe, decode, encode
 
 CONFIG, WEIGHTS = "flow.json", "flow.safetensors"
@@ -51,7 +53,7 @@ def save(flow: Any, directory: str | Path, *, recipe: bool = True) -> None:
         )
     arguments = {name: encode(value, name) for name, value in known.arguments.items()}
     rebuilt = _build(known.builder, arguments).to(device=flow.device, dtype=flow.dtype)
-    if repr(rebuilt) != repr(flow):
+    if _uncompiled(rebuilt) != _uncompiled(flow):
         raise TypeError(
             f"this flow is no longer what cnf.{known.builder} built: a part was exchanged after. "
             "Register a model function that builds it as it is now, or undo the change"
@@ -126,6 +128,26 @@ def write_tensors(
 def read_state(module: nn.Module, path: Path) -> None:
     """Read what ``write_state`` wrote into a module of the same structure."""
     module.load_state_dict(load_file(path))
+
+
+def description(module: nn.Module, said: Callable[[Solver], str]) -> str:
+    """A module's text line by line, and what is to be said in it in place of each solver."""
+    text = _flush(repr(module))
+    for part in module.modules():
+        solver = getattr(part, "solver", None)
+        if isinstance(solver, Solver):
+            text = text.replace(_flush(f"solver={solver}"), said(solver))
+    return text
+
+
+def _flush(text: str) -> str:
+    """The same lines without what they are indented by, which depends on the modules around."""
+    return "\n".join(line.strip() for line in text.splitlines())
+
+
+def _uncompiled(flow: nn.Module) -> str:
+    # compiled code stays in its process, and the solver that had it made goes on without
+    return description(flow, lambda solver: str(dataclasses.replace(solver, compile=False)))
 
 
 def _build(builder: str, arguments: dict[str, Any]) -> Any:

@@ -124,8 +124,9 @@ def test_inductor(name):
     check(member, "inductor")
 
 
-def test_compiled_flow_can_be_copied_and_saved(tmp_path):
-    flow = cnf.realnvp(2, layers=2)
+@pytest.mark.parametrize("name", ["realnvp", "ffjord"])
+def test_compiled_flow_can_be_copied_and_saved(name, tmp_path):
+    flow = cnf.models[name].build(2, hidden=(4,))
     flow.compile(backend="aot_eager").save(tmp_path)
     assert torch.equal(cnf.load(tmp_path).sample((0,)), flow.sample((0,)))
 

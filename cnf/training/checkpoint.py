@@ -11,8 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cnf.ode import Solver
-from cnf.storage import write_tensors
+from cnf.storage import description, write_tensors
 
 NAME = "checkpoint.safetensors"
 
@@ -104,19 +103,10 @@ def structure(module: torch.nn.Module) -> list[str]:
     >>> structure(torch.nn.Sequential(torch.nn.ReLU()))
     ['Sequential(', '(0): ReLU()', ')']
     """
-    text = _flush(repr(module))
-    for part in module.modules():
-        solver = getattr(part, "solver", None)
-        if isinstance(solver, Solver):
-            # another one, or a compiled one, computes the same flow
-            text = text.replace(_flush(f"solver={solver}"), "")
+    # another solver, or a compiled one, computes the same flow
+    lines = description(module, lambda solver: "").split("\n")
     # of parameters in a list it says the device, which may change
-    return [line for line in _flush(text).split("\n") if "Parameter containing:" not in line]
-
-
-def _flush(text: str) -> str:
-    """The same lines without what they are indented by, which depends on the modules around."""
-    return "\n".join(line.strip() for line in text.splitlines())
+    return [line.strip() for line in lines if "Parameter containing:" not in line]
 
 
 def signature(parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
