@@ -319,6 +319,12 @@ class TestStandardError:
         found = self.flow().evaluate(points(4, 3), request=cnf.Request(variance=True))
         assert torch.equal(found.stderr, torch.zeros(4, dtype=F64))
 
+    def test_is_not_there_without_the_trace(self):
+        request = cnf.Request(divergence=Hutchinson(2), variance=True, log_det=False)
+        _, log_det, costs = self.flow().transform.inverse(points(4, 3), request=request)
+        assert log_det.shape == costs["log_det_variance"].shape == (4,)
+        assert log_det.isnan().all()
+
     def test_needs_two_estimates(self):
         request = cnf.Request(divergence=Hutchinson(), variance=True)
         with pytest.raises(ValueError, match=r"needs at least two of them.*Hutchinson\(probes=8\)"):

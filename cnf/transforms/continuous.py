@@ -199,7 +199,7 @@ class Continuous(Transform):
         # a name of its own, because compiled loops know a right-hand side by the modules it holds
         field = self.field
         batch = value.shape[: value.dim() - event_dims(field)]
-        samples = request.variance and divergence.stochastic
+        samples = traced and request.variance and divergence.stochastic
         if samples and divergence.estimates < 2:
             raise ValueError(
                 f"the variance of an estimate needs at least two of them, and {divergence} makes "
