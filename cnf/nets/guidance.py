@@ -51,6 +51,7 @@ class Guided(Field):
         super().__init__()
         self.field, self.weight = field, weight
         self.event_dims = getattr(field, "event_dims", 1)
+        self.couples_batch = getattr(field, "couples_batch", True)
         self.register_buffer("missing", missing.detach().clone())
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:

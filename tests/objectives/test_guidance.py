@@ -55,6 +55,17 @@ def test_a_guided_flow_samples_and_scores_the_exaggerated_context():
     torch.testing.assert_close(second - first, torch.ones(50, 1), rtol=0, atol=1e-4)
 
 
+def test_a_field_that_couples_samples_is_refused_guided_as_it_is_alone():
+    class Mean(Push):
+        def forward(self, t, x, context=None):
+            return super().forward(t, x, context) + x.mean(0)
+
+    flow, at = flow_of(Mean()), torch.tensor([0.5])
+    for one in (flow, guided(flow, 2.0)):
+        with pytest.raises(ValueError, match="depends on sample 0"):
+            one.log_prob(torch.randn(5, 1), at)
+
+
 def test_weights_one_and_zero_are_the_flow_with_and_without_its_context():
     torch.manual_seed(0)
     flow = flow_of(TimeMLP(2, (8,), context_features=2), 2)
