@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cnf.divergence import event_dims, velocity_of
+from cnf.nets.fields import Field
 from cnf.nets.guidance import Guided
 from cnf.objectives.base import (
     MISSING,
@@ -190,8 +191,14 @@ def guided(flow: Flow, weight: float) -> Flow:
 
 
 def _rows_per_time(rows: int, part: Continuous) -> int:
-    """How many rows in a row share a time: a divisor of their number."""
-    return math.gcd(rows, max(rows // LEAST_TIMES, 1)) if event_dims(part.field) == 1 else 1
+    """How many rows in a row share a time: a divisor of their number.
+
+    A field that is not of this package may know one batch axis only, and rows that share a time
+    come along a second.
+    """
+    if not isinstance(part.field, Field) or event_dims(part.field) != 1:
+        return 1
+    return math.gcd(rows, max(rows // LEAST_TIMES, 1))
 
 
 def _velocity(part: Continuous, t: Tensor, x: Tensor, context: Tensor | None, share: int) -> Tensor:
@@ -203,7 +210,8 @@ def _velocity(part: Continuous, t: Tensor, x: Tensor, context: Tensor | None, sh
         context = context.unflatten(0, (-1, share))
     # expanded rather than repeated, which tells the layers that they may compute it once
     t = (clock * t).unsqueeze(1).expand(-1, share)
-    return clock * velocity_of(part.field, t, x.unflatten(0, (-1, share)), context).flatten(0, 1)
+    velocity = velocity_of(part.field, t, x.unflatten(0, (-1, share)), context)
+    return clock * velocity.flatten(0, 1)
 
 
 def continuous_part(flow: Flow) -> tuple[Continuous, list[Transform]]:

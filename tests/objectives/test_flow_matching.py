@@ -121,6 +121,33 @@ def test_rows_that_share_a_time_have_the_loss_of_rows_that_do_not():
     torch.testing.assert_close(loss, (velocity - (x - z)).square().sum(-1).mean())
 
 
+class RowsOnly(nn.Module):
+    """A field as people write them: x has one batch axis, and time is a column beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, t, x, context=None):
+        column = t.expand(x.shape[0]).unsqueeze(1)
+        return self.layer(torch.cat([x, column], dim=1))
+
+
+def test_a_field_of_ones_own_sees_one_batch_axis():
+    objective = FlowMatching(flow_of(RowsOnly(), 2), draws=1)
+    x = torch.randn(4 * LEAST_TIMES, 2, dtype=torch.float64)
+    assert objective(Batch(x), generator=generator()).total.isfinite()
+
+
+def test_a_velocity_that_would_broadcast_is_refused():
+    class Column(nn.Module):
+        def forward(self, t, x, context=None):
+            return x[..., :1]
+
+    with pytest.raises(ValueError, match="shapes of the state"):
+        FlowMatching(flow_of(Column(), 2))(Batch(torch.zeros(8, 2, dtype=torch.float64)))
+
+
 def test_draws_repeat_the_rows():
     flow = flow_of(cnf.nets.TimeMLP(2, (8,)), 2)
     x, weight = torch.randn(16, 2, dtype=torch.float64), torch.rand(16, dtype=torch.float64)
