@@ -138,6 +138,15 @@ def test_the_backward_pass_may_have_its_own_method(method, adjoint_method):
         assert torch.allclose(gradient, exact[name], rtol=1e-3, atol=2e-3), name
 
 
+@pytest.mark.parametrize("methods", [("rk4", "dopri5"), ("dopri5", "rk4")])
+def test_a_step_size_is_of_the_pass_with_a_fixed_grid(methods):
+    method, adjoint_method = methods
+    solver = Solver(method, step_size=0.01, adjoint_method=adjoint_method)
+    exact = gradients(Problem(), Solver("dopri8", rtol=1e-9, atol=1e-9, gradient="checkpoint"))
+    for name, gradient in gradients(Problem(), solver).items():
+        assert torch.allclose(gradient, exact[name], rtol=1e-3, atol=2e-3), name
+
+
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_checkpoint_is_the_gradient_of_backprop(method):
     # the same discrete steps, differentiated: equal at any tolerance, unlike the adjoint

@@ -247,6 +247,7 @@ class Solver:
             rtol=self.adjoint_rtol or self.rtol,
             atol=self.adjoint_atol or self.atol,
             options=self.backward_options,
+            step_size=self.step_size if self.backward_method in FIXED else None,
             adjoint_method=None,
             adjoint_options={},
             quadrature=None,
