@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cnf.compiling import compiled, in_columns
 from cnf.distributions import Base, as_shape
+from cnf.nets.guidance import takes_missing
 from cnf.registry import Recipe
 from cnf.storage import save
 from cnf.torch_distribution import FlowDistribution
@@ -125,8 +126,7 @@ class Flow(nn.Module):
     @property
     def optional_context(self) -> bool:
         """Whether NaN, or no context at all, may stand for a context that is not given."""
-        encoder = self.encoder
-        return encoder is not None and bool(encoder(self._no_context()).isfinite().all())
+        return self.encoder is not None and takes_missing(self.encoder, self._no_context())
 
     # ---- densities -------------------------------------------------------------------------
 

@@ -232,6 +232,35 @@ def test_a_temperature_is_finite_and_not_negative(temperature):
         cnf.Flow(Diagonal(1), Normal(1)).sample((2,), temperature=temperature)
 
 
+@pytest.mark.parametrize(
+    "first", [torch.nn.BatchNorm1d(1), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout())]
+)
+def test_an_encoder_may_want_batches(first):
+    encoder = torch.nn.Sequential(first, torch.nn.Linear(1, 2))
+    flow = cnf.realnvp(2, layers=2, hidden=(8,), context_features=2)
+    flow = cnf.Flow(flow.transform, Normal(2), context_features=1, encoder=encoder)
+    x, context = torch.randn(8, 2, generator=seeded()), torch.randn(8, 1, generator=seeded())
+    flow.standardize(x, context)
+    assert encoder.training
+    assert first.training
+    assert not flow.optional_context
+    assert all(buffer.isfinite().all() for buffer in encoder.buffers())
+    with pytest.raises(ValueError, match="this flow is conditional"):
+        flow.log_prob(x)
+
+
+def test_an_encoder_may_look_classes_up():
+    class Classes(torch.nn.Embedding):
+        def forward(self, context):
+            return super().forward(context[..., 0].long())
+
+    flow = cnf.realnvp(2, layers=2, hidden=(8,), context_features=4)
+    encoder = Classes(3, 4)
+    flow = cnf.Flow(flow.transform, Normal(2), context_features=1, encoder=encoder)
+    flow.standardize(torch.randn(3, 2, generator=seeded()), torch.tensor([[0.0], [1.0], [2.0]]))
+    assert not flow.optional_context
+
+
 def test_an_encoder_is_trained_along():
     encoder = MLP(5, 2, hidden=(8,), zero_last=False)
     inner = cnf.realnvp(3, layers=2, hidden=(8,), context_features=2)

@@ -27,6 +27,24 @@ class OptionalContext(nn.Module):
         return torch.cat([filled, missing.to(context.dtype)], -1)
 
 
+@torch.no_grad()
+def takes_missing(encoder: nn.Module, missing: Tensor) -> bool:
+    """Whether an encoder makes finite numbers of a context of NaN, ``(features,)``.
+
+    >>> takes_missing(OptionalContext(), torch.tensor([torch.nan]))
+    True
+    """
+    # as a batch and as in eval(), so that encoders of any kind can be asked and none learns of it
+    training = [module for module in encoder.modules() if module.training]
+    try:
+        return bool(encoder.eval()(missing.unsqueeze(0)).isfinite().all())
+    except (IndexError, RuntimeError, ValueError):
+        return False  # an embedding, for one, has no place for NaN
+    finally:
+        for module in training:
+            module.training = True
+
+
 class Guided(Field):
     """v(t, x, ∅) + weight · (v(t, x, context) − v(t, x, ∅)), classifier-free guidance.
 
