@@ -14,11 +14,20 @@ from torch import Tensor, nn
 
 from cnf.compiling import compiled, in_columns
 from cnf.distributions import Base, as_shape
+from cnf.distributions.base import sample_sizes
 from cnf.nets.guidance import takes_missing
 from cnf.registry import Recipe
 from cnf.storage import save
 from cnf.torch_distribution import FlowDistribution
-from cnf.transforms.base import Mapped, Request, Transform, compose, value_only
+from cnf.transforms.base import (
+    Mapped,
+    Request,
+    Transform,
+    check_path_times,
+    compose,
+    of_kind,
+    value_only,
+)
 from cnf.transforms.continuous import Continuous
 from cnf.transforms.normalization import Standardize
 from cnf.transforms.support import SupportedStandardize
@@ -90,6 +99,8 @@ class Flow(nn.Module):
         encoder: nn.Module | None = None,
     ):
         super().__init__()
+        of_kind("transform", transform, Transform)
+        of_kind("base", base, Base, "cnf.distributions.Wrapped makes one of a torch distribution")
         self.event_shape = as_shape(base.event_shape if event_shape is None else event_shape)
         self.context_features = context_features
         self.scaling: Standardize
@@ -253,9 +264,9 @@ class Flow(nn.Module):
             The times, and the values there, ``(times, *batch, *event)``.
         """
         z, context = self._broadcast(z, context, self.base.event_shape)
-        times, values = self.transform.trajectory(
-            z, self._tensor("times", times), self._seen(context)
-        )
+        times = self._tensor("times", times)
+        check_path_times(times)
+        times, values = self.transform.trajectory(z, times, self._seen(context))
         return times, self.scaling.forward(values).value
 
     def distribution(self, context: Any = None) -> FlowDistribution:
@@ -334,8 +345,9 @@ class Flow(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be finite and not negative, got {temperature}")
+        shape = sample_sizes(shape)
         seen = self._seen(self._context(context))
-        batch = tuple(shape) + (() if seen is None else seen.shape[:-1])
+        batch = shape + (() if seen is None else seen.shape[:-1])
         if seen is not None:
             seen = seen.expand(*batch, seen.shape[-1])
         return self.base.rsample(batch, seen, temperature, generator), seen

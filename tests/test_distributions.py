@@ -232,6 +232,33 @@ def test_a_temperature_is_finite_and_not_negative(temperature):
         cnf.Flow(Diagonal(1), Normal(1)).sample((2,), temperature=temperature)
 
 
+@pytest.mark.parametrize("shape", [5, (-1,), (2.0,), "5"])
+def test_a_sample_shape_is_a_tuple_of_sizes(shape):
+    flow = cnf.Flow(Diagonal(1), Normal(1))
+    for draw in (flow.sample, flow.rsample, flow.sample_and_log_prob):
+        with pytest.raises(ValueError, match=r"tuple of sizes, as in flow.sample\(\(1000,\)\)"):
+            draw(shape)
+
+
+@pytest.mark.parametrize("times", [[], 0.5, [-0.5, 0.5], [0.0, 2.0], [0.0, 0.7, 0.3]])
+def test_times_of_a_path_are_checked(times):
+    flow = cnf.ffjord(1, hidden=(4,))
+    with pytest.raises(ValueError, match=r"increasing numbers in \[0, 1\]"):
+        flow.trajectory(torch.zeros(2, 1), times)
+
+
+def test_parts_of_other_packages_are_refused_at_once():
+    flow, normal = cnf.Flow(Diagonal(1), Normal(1)), torch.distributions.Normal(torch.zeros(1), 1.0)
+    for build, message in (
+        (lambda: cnf.Flow(Diagonal(1), normal), r"base must be a Base.* cnf.distributions.Wrapped"),
+        (lambda: cnf.Flow([Diagonal(1)], Normal(1)), "transform must be a Transform"),
+        (lambda: cnf.Chain([Diagonal(1), flow]), "got Flow; of a flow, take flow.transform"),
+        (lambda: cnf.Inverse(torch.nn.Linear(1, 1)), "got Linear"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            build()
+
+
 @pytest.mark.parametrize(
     "first", [torch.nn.BatchNorm1d(1), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout())]
 )

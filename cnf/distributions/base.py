@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -63,6 +64,24 @@ def as_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     sizes = (shape,) if isinstance(shape, int) else tuple(shape)
     if any(not isinstance(size, int) or size < 1 for size in sizes):
         raise ValueError(f"an event shape is positive integers, got {shape!r}")
+    return sizes
+
+
+def sample_sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    """How many samples to draw, as a checked shape.
+
+    >>> sample_sizes([5, 2])
+    (5, 2)
+    """
+    try:
+        sizes = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        sizes = (-1,)
+    if any(size < 0 for size in sizes):
+        raise ValueError(
+            "how many samples to draw is a tuple of sizes, as in flow.sample((1000,)), got "
+            f"{shape!r}"
+        )
     return sizes
 
 

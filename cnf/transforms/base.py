@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from cnf.costs import Cost
     from cnf.divergence import Divergence
+
+T = TypeVar("T")
 
 
 class Mapped(NamedTuple):
@@ -153,7 +155,7 @@ class Chain(Transform):
 
     def __init__(self, parts: Iterable[Transform]):
         super().__init__()
-        self.parts = nn.ModuleList(parts)
+        self.parts = nn.ModuleList(of_kind("part of a chain", p, Transform) for p in parts)
 
     @property
     def bijective(self) -> bool:  # type: ignore[override]
@@ -238,6 +240,27 @@ class Chain(Transform):
         return tuple(latent_shape)
 
 
+def of_kind(role: str, given: T, kind: type, advice: str = "") -> T:
+    """What was given, refused at once if it is of another kind, not where it is called."""
+    if isinstance(given, kind):
+        return given
+    if kind is Transform and hasattr(given, "transform"):
+        advice = "of a flow, take flow.transform"
+    what = type(given).__name__ if isinstance(given, nn.Module) else repr(given)
+    raise TypeError(
+        f"the {role} must be a {kind.__name__}, got {what}" + (f"; {advice}" if advice else "")
+    )
+
+
+def check_path_times(times: Tensor) -> None:
+    """Refuse times that a path from base to data does not have, or in another order."""
+    if times.dim() == 1 and len(times):
+        inside = (times >= 0) & (times <= 1)
+        if bool(inside.all()) and bool((times.diff() > 0).all()):
+            return
+    raise ValueError(f"times are a list of increasing numbers in [0, 1], got {times.tolist()}")
+
+
 def value_only(request: Request | None) -> Request:
     """The same request for a call whose ``log_det`` nobody reads."""
     return dataclasses.replace(request or Request(), log_det=False)
@@ -275,7 +298,7 @@ class Inverse(Transform):
 
     def __init__(self, part: Transform):
         super().__init__()
-        self.part = part
+        self.part = of_kind("part to invert", part, Transform)
 
     @property
     def bijective(self) -> bool:  # type: ignore[override]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,9 @@ from cnf.divergence import Divergence, Exact, event_dims, refuse_coupling, veloc
 from cnf.ode import Solver, integrate
 from cnf.ode.guard import Rhs, State, Swap
 from cnf.ode.recorder import Together
-from cnf.transforms.base import Mapped, Request, Transform
+from cnf.transforms.base import Mapped, Request, Transform, of_kind
 
 DEFAULT_REQUEST = Request()
-T = TypeVar("T")
 
 
 class Continuous(Transform):
@@ -60,9 +59,9 @@ class Continuous(Transform):
         super().__init__()
         if not end_time > 0:
             raise ValueError(f"end_time must be positive, got {end_time}")
-        self.field = _of_kind("field", field, nn.Module)
-        self.divergence = _of_kind("divergence", divergence or Exact(), Divergence)
-        self.solver = _of_kind("solver", solver or Solver(), Solver)
+        self.field = of_kind("field", field, nn.Module)
+        self.divergence = of_kind("divergence", divergence or Exact(), Divergence)
+        self.solver = of_kind("solver", solver or Solver(), Solver)
         self.name = name
         self.end_time = float(end_time)
         self.log_end_time: nn.Parameter | None = None
@@ -297,9 +296,3 @@ class _Caller(nn.Module):
 
     def forward(self, function: Callable[..., State], *arguments: Any) -> State:
         return function(*arguments)
-
-
-def _of_kind(role: str, given: T, kind: type) -> T:
-    if not isinstance(given, kind):
-        raise TypeError(f"the {role} must be a {kind.__name__}, got {given!r}")
-    return given
