@@ -143,6 +143,8 @@ class Problem:
         self.in_norm = in_norm
         self.norms = tuple(solver.norm if counts else None for counts in in_norm)
         self.norm = error_norm(shapes, self.norms)
+        self.device = like.device.type
+        self.autocast = torch.is_autocast_enabled(self.device)
         self.watch = Watch(solver, points, torch.finfo(like.dtype).eps, name)
         self.velocity = Velocity(
             rhs, shapes, like.dtype, self.watch, tracked, integrals, proper_rhs, swap
@@ -272,10 +274,12 @@ class Problem:
         watch.begin("backward", method in ADAPTIVE, method == SCIPY)
         try:
             self._check_grid(method)
-            grads = torch.autograd.grad(
-                # retained, so that the user may go backward twice
-                solution, (start, *self.tracked), gradient, allow_unused=True, retain_graph=True
-            )  # fmt: skip
+            with self._settings():
+                grads = torch.autograd.grad(
+                    # retained, so that the user may go backward twice
+                    solution, (start, *self.tracked), gradient, allow_unused=True,
+                    retain_graph=True,
+                )  # fmt: skip
             watch.arrived([g for g in grads if g is not None], self.points[0], "the gradient is")
             return grads
         except (StepUnderflow, TooManySteps) as error:
@@ -315,7 +319,7 @@ class Problem:
             stacklevel=3,
         )
         velocity = self.velocity
-        return Problem(
+        problem = Problem(
             velocity.rhs,
             velocity.shapes,
             self.points,
@@ -329,10 +333,17 @@ class Problem:
             self.in_norm,
             self.watch.name,
         )
+        problem.autocast = self.autocast
+        return problem
 
-    def _settings(self) -> contextlib.AbstractContextManager[None]:
-        """What the compiler of steps is to be told, once for a pass."""
-        return settings() if self.solver.compile else contextlib.nullcontext()
+    def _settings(self) -> contextlib.ExitStack:
+        """What the compiler of steps is to be told, once for a pass; precision as at the start."""
+        stack = contextlib.ExitStack()
+        if torch.is_autocast_enabled(self.device) != self.autocast:
+            stack.enter_context(torch.autocast(self.device, enabled=self.autocast))
+        if self.solver.compile:
+            stack.enter_context(settings())
+        return stack
 
     def _finished(self, solution: Tensor) -> Tensor:
         if len(solution) < len(self.points):

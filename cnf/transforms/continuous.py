@@ -118,8 +118,23 @@ class Continuous(Transform):
     ) -> Mapped:
         """Solve, without a compiler that traces the call walking into the solver's loop."""
         if torch.compiler.is_dynamo_compiling():
-            return torch.compiler.disable(self._solve)(value, span, context, request)
-        return self._solve(value, span, context, request)
+            return torch.compiler.disable(self._outside_graphs)(value, span, context, request)
+        if torch.is_autocast_enabled(value.device.type):
+            # half the digits are noise to a solver, which would take ever smaller steps in it
+            with torch.autocast(value.device.type, enabled=False):
+                context = None if context is None else _widened(context)
+                return self._solve(_widened(value), span, context, request)
+        try:
+            return self._solve(value, span, context, request)
+        except RuntimeError as error:
+            if torch._C._are_functorch_transforms_active() and _of_functions(error):
+                raise RuntimeError(
+                    "the transformations of torch.func do not reach through a solve, whose steps "
+                    "depend on the values: instead of vmap, give the whole batch, with as many "
+                    "batch axes as it has; instead of grad and jacrev take torch.autograd.grad, "
+                    "for second derivatives with create_graph=True and Solver(gradient='backprop')"
+                ) from error
+            raise
 
     def _solve(
         self, value: Tensor, span: tuple[float, float], context: Tensor | None, request: Request
@@ -296,3 +311,13 @@ class _Caller(nn.Module):
 
     def forward(self, function: Callable[..., State], *arguments: Any) -> State:
         return function(*arguments)
+
+
+def _widened(value: Tensor) -> Tensor:
+    """The numbers in float32 at least, which autocasting may have taken from them."""
+    return value.float() if value.dtype.itemsize < 4 else value
+
+
+def _of_functions(error: RuntimeError) -> bool:
+    """Whether an error is torch's of what ``torch.func`` cannot transform."""
+    return "vmap" in str(error) or "setup_context" in str(error)

@@ -173,6 +173,49 @@ def test_inference_mode_gives_the_same_density():
             assert torch.equal(flow.log_prob(x), expected)
 
 
+@pytest.mark.parametrize(
+    "solver",
+    [
+        cnf.Solver(),
+        cnf.Solver(gradient="checkpoint"),
+        cnf.Solver(gradient="backprop"),
+        cnf.Solver("implicit_adams"),
+        cnf.Solver(max_steps=2, fallback="rk4"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::cnf.SolverWarning")
+def test_autocasting_leaves_a_solve_its_digits(solver):
+    flow = cnf.ffjord(2, hidden=(8, 8), context_features=1, solver=solver)
+    linear = torch.nn.Linear(2, 2)
+    x, context = torch.randn(5, 2), torch.randn(5, 1)
+
+    def found(enabled):
+        flow.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            log_prob = flow.log_prob(x, context)
+            if solver.gradient != "backprop":  # whose backward pass is torch's own
+                log_prob.sum().backward()
+        return log_prob.detach(), *[p.grad.clone() for p in flow.parameters() if p.grad is not None]
+
+    for half, full in zip(found(True), found(False), strict=True):
+        assert torch.equal(half, full)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = flow.transform.inverse(linear(x), context.bfloat16()).value
+    assert value.dtype == torch.float32
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "backprop"])
+def test_transformations_of_functions_are_refused_with_the_way(gradient):
+    flow = cnf.ffjord(2, hidden=(8,), solver=cnf.Solver(gradient=gradient))
+    for call in (
+        lambda: torch.func.vmap(flow.log_prob)(torch.zeros(3, 2)),
+        lambda: torch.func.jacrev(flow.log_prob)(torch.zeros(3, 2)),
+        lambda: torch.func.vmap(torch.func.grad(flow.log_prob))(torch.zeros(3, 2)),
+    ):
+        with pytest.raises(RuntimeError, match="instead of vmap, give the whole batch"):
+            call()
+
+
 def test_arguments_are_checked():
     with pytest.raises(ValueError, match="end_time must be positive"):
         Continuous(Linear(2), end_time=0.0)
