@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cnf.registry import record
 
@@ -349,7 +350,7 @@ def push(
 
     A field with a method ``push(t, x, context, tangents)`` does it itself; others go through
     forward-mode differentiation under ``vmap``, or one tangent at a time where ``vmap`` cannot
-    (Python's control flow depends on what is differentiated, or an operation does not know it).
+    (branches, unknown operations), by dual numbers where ``torch.func`` cannot (writes, own grads).
 
     Args:
         field: called as ``field(t, x, context)``.
@@ -380,10 +381,28 @@ def push(
     try:
         return torch.func.vmap(along, out_dims=(None, 0))(tangents)  # type: ignore[arg-type]
     except (RuntimeError, ValueError) as error:
-        if "vmap" not in str(error) and "atching rule" not in str(error):
+        if not any(word in str(error) for word in ("vmap", "atching rule", " transform")):
             raise
-    pairs = [along(tangent) for tangent in tangents]
+    try:
+        pairs = [along(tangent) for tangent in tangents]
+    except RuntimeError as error:
+        if " transform" not in str(error):
+            raise
+        pairs = [_dual(at, x, tangent) for tangent in tangents]
     return pairs[0][0], torch.stack([product for _, product in pairs])
+
+
+def _dual(function: Callable[[Tensor], Tensor], x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """A function's value and its derivative along u, by dual numbers alone."""
+    kept = torch.is_grad_enabled()
+    # custom functions, as the adjoint is one, switch forward mode off inside themselves
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level():
+        # or else a field that differentiates by x would detach it, and its tangent would be lost
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        value, product = forward_ad.unpack_dual(function(forward_ad.make_dual(x, u)))
+    if product is None:
+        raise ValueError("the velocity does not depend on x, or on a detached copy of it alone")
+    return (value, product) if kept else (value.detach(), product.detach())
 
 
 def jvp(

@@ -133,6 +133,56 @@ def test_an_operation_unknown_to_vmap_falls_back_to_a_loop():
     torch.testing.assert_close(products, 2 * x * u)
 
 
+class Counting(Plain):
+    """It counts its calls in a buffer, as FFJORD's own code does."""
+
+    def __init__(self, *event):
+        super().__init__(*event)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, t, x, context=None):
+        self.calls += 1
+        return super().forward(t, x, context)
+
+
+class Descent(nn.Module):
+    """Minus the gradient of a potential, as people write it."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.potential = nn.Sequential(nn.Linear(features, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+    def forward(self, t, x, context=None):
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            return -torch.autograd.grad(self.potential(x).sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("kind", [Counting, Descent])
+@pytest.mark.parametrize("gradient", ["adjoint", "checkpoint", "backprop"])
+def test_what_torch_func_does_not_transform_has_its_trace(kind, gradient):
+    field, x = kind(2), points(4, 2)
+    flow = cnf.Flow(cnf.Continuous(field, solver=cnf.Solver(gradient=gradient)), cnf.Normal(2))
+    flow.double()
+    log_prob = flow.log_prob(x)
+    jacobian = torch.autograd.functional.jacobian(lambda x: flow.encode(x).sum(0), x)
+    log_det = torch.linalg.slogdet(jacobian.movedim(1, 0)).logabsdet
+    torch.testing.assert_close(
+        log_prob, flow.base.log_prob(flow.encode(x)) + log_det, atol=1e-4, rtol=1e-4
+    )
+    log_prob.sum().backward()
+    assert next(field.parameters()).grad.abs().sum() > 0
+
+
+def test_a_detached_velocity_is_refused_where_torch_func_ends():
+    class Detached(Descent):
+        def forward(self, t, x, context=None):
+            return super().forward(t, x.detach())
+
+    with pytest.raises(ValueError, match="detached copy"), torch.no_grad():
+        evaluate(Exact(), Detached(2), points(4, 2))
+
+
 def test_an_error_of_the_field_is_not_swallowed():
     def field(t, x, context):
         return x @ torch.ones(7, 7, dtype=F64)
