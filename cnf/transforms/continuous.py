@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -59,7 +60,7 @@ class Continuous(Transform):
         super().__init__()
         if not end_time > 0:
             raise ValueError(f"end_time must be positive, got {end_time}")
-        self.field = of_kind("field", field, nn.Module)
+        self.field = _with_context(of_kind("field", field, nn.Module))
         self.divergence = of_kind("divergence", divergence or Exact(), Divergence)
         self.solver = of_kind("solver", solver or Solver(), Solver)
         self.name = name
@@ -311,6 +312,22 @@ class _Caller(nn.Module):
 
     def forward(self, function: Callable[..., State], *arguments: Any) -> State:
         return function(*arguments)
+
+
+def _with_context(field: nn.Module) -> nn.Module:
+    """The field, refused at once if it takes no context, as those of other packages do not."""
+    try:
+        signature = inspect.signature(field.forward)
+    except (TypeError, ValueError):
+        return field  # nothing is known of it
+    try:
+        signature.bind(None, None, None)
+    except TypeError:
+        raise TypeError(
+            "a field is called as field(t, x, context), and the forward of this "
+            f"{type(field).__name__} takes {signature}: give it a context=None that it ignores"
+        ) from None
+    return field
 
 
 def _widened(value: Tensor) -> Tensor:

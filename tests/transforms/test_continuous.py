@@ -219,7 +219,13 @@ def test_transformations_of_functions_are_refused_with_the_way(gradient):
 def test_arguments_are_checked():
     with pytest.raises(ValueError, match="end_time must be positive"):
         Continuous(Linear(2), end_time=0.0)
+
+    class TimeAndState(torch.nn.Module):
+        def forward(self, t, x):
+            return -x
+
     for arguments, message in (
+        ({"field": TimeAndState()}, r"takes \(t, x\): give it a context=None"),
         ({"field": lambda t, x, context: -x}, "the field must be a Module"),
         ({"field": Linear(2), "divergence": "hutchinson"}, "the divergence must be a Divergence"),
         ({"field": Linear(2), "solver": "rk4"}, "the solver must be a Solver, got 'rk4'"),
