@@ -48,6 +48,7 @@ class Row:
         low: the quotients' lower quartile.
         high: their upper quartile.
         rounds: how many rounds there were.
+        seconds: what a call took in each round.
     """
 
     name: str
@@ -56,6 +57,11 @@ class Row:
     low: float
     high: float
     rounds: int
+    seconds: tuple[float, ...] = ()
+
+    def against(self, other: Row) -> tuple[float, float, float]:
+        """How many times faster this is than another of its race: lower quartile, median, upper."""
+        return quartiles(other.seconds, self.seconds)
 
     def cells(self) -> dict[str, Any]:
         """The row as a table shows it."""
@@ -65,6 +71,12 @@ class Row:
             "speedup": self.speedup,
             "quartiles": f"{number(self.low)} to {number(self.high)}",
         }
+
+
+def quartiles(slow: Sequence[float], fast: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile over rounds of the quotient within a round."""
+    low, middle, high = np.quantile(np.divide(slow, fast), (0.25, 0.5, 0.75))
+    return float(low), float(middle), float(high)
 
 
 def race(
@@ -101,13 +113,11 @@ def race(
     finally:
         if collecting:
             gc.enable()
-    base = np.array(seconds[reference])
     rows = []
     for name in names:
-        own = np.array(seconds[name])
-        low, middle, high = np.quantile(base / own, (0.25, 0.5, 0.75))
-        median = float(np.median(own)) * 1e3
-        rows.append(Row(name, median, float(middle), float(low), float(high), rounds))
+        own = tuple(seconds[name])
+        low, middle, high = quartiles(seconds[reference], own)
+        rows.append(Row(name, 1e3 * float(np.median(own)), middle, low, high, rounds, own))
     return rows
 
 

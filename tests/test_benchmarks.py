@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cnf
-from benchmarks import breakdown, continuous, harness, reference, revisions, rnode
+from benchmarks import breakdown, continuous, discrete, harness, reference, revisions, rnode
 from cnf import compiling
 
 
@@ -40,6 +40,38 @@ def test_short_calls_are_repeated_until_a_turn_is_over():
     # one to warm up, one to see how long it takes, and the turn's
     assert 2 + 2 <= len(calls) <= 2 + 8
     assert harness.TURN / 8 <= row.ms / 1e3 < harness.TURN / 2
+
+
+def test_a_race_keeps_what_each_round_took():
+    entrants = {"a": lambda: time.sleep(0.002), "b": lambda: time.sleep(0.001)}
+    a, b = harness.race(entrants, "a", rounds=4, warmup=1)
+    assert len(a.seconds) == len(b.seconds) == 4
+    assert b.against(a) == (b.low, b.speedup, b.high)
+
+
+def test_discrete_flows_are_compared_within_rounds(monkeypatch):
+    # the machine is three times slower in the second round, and hits nobody's ratio
+    times = {
+        "cnf": (2, 6, 2), "zuko": (4, 12, 4), "nflows": (3, 9, 6), "normflows": (5, 5, 5),
+        "compiled": (1, 3, 1), "flowjax": (1, 4.5, 2),
+    }  # fmt: skip
+
+    def race(entrants, reference, rounds, warmup, clock):
+        medians = {name: sorted(times[name])[1] for name in entrants}
+        return [harness.Row(n, medians[n], 0, 0, 0, rounds, times[n]) for n in entrants]
+
+    monkeypatch.setattr(discrete, "race", race)
+    row = discrete._row("affine, train", dict.fromkeys(times), 3, False)
+    assert list(row)[-6:] == [
+        "eager ×", "quartiles", "compiled ×",
+        "compiled quartiles", "flowjax ×", "flowjax quartiles",
+    ]  # fmt: skip
+    # zuko's median is the smallest
+    assert (row["eager ×"], row["quartiles"]) == (2, "2.00 to 2.00")
+    assert (row["compiled ×"], row["compiled quartiles"]) == (4, "4.00 to 4.00")
+    assert (row["flowjax ×"], row["flowjax quartiles"]) == (1.5, "1.25 to 1.75")
+    eager = discrete._row("affine, train", dict.fromkeys(list(times)[:4]), 3, False)
+    assert list(eager)[-2:] == ["eager ×", "quartiles"]
 
 
 def test_a_race_needs_its_reference():
