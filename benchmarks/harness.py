@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import gc
 import importlib.util
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+START = time.time()
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("torchdiffeq", "zuko", "nflows", "normflows", "jax", "diffrax", "flowjax")
 TURN = 0.05
@@ -182,7 +184,22 @@ def machine() -> dict[str, Any]:
         facts["gpu"] = torch.cuda.get_device_name()
     if "LD_PRELOAD" in os.environ:
         facts["preloaded"] = Path(os.environ["LD_PRELOAD"]).name
+    if "torch._inductor.compile_fx" in sys.modules:
+        facts["compiler cache"] = compiler_cache()
     return facts
+
+
+def compiler_cache() -> str:
+    """Whether Inductor's folder was ``"empty"`` when this process started, or ``"warm"``."""
+    from torch._inductor.codecache import cache_dir
+
+    for folder, _, files in os.walk(cache_dir()):
+        for name in files:
+            # another process may take it away
+            with contextlib.suppress(OSError):
+                if os.stat(os.path.join(folder, name)).st_mtime < START:
+                    return "warm"
+    return "empty"
 
 
 def _cpu() -> str:

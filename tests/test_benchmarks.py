@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import os
 import sys
 import time
 
@@ -95,6 +96,22 @@ def test_results_are_written_as_json_and_markdown(tmp_path, monkeypatch):
     assert found["command"] == "python -m benchmarks check --torchdyn PYTHON --rows 9"
     assert found["tables"][0]["rows"][0]["speedup"] == 2.0
     assert found["machine"]["threads"] >= 1
+
+
+def test_results_say_what_the_compiler_found_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    (tmp_path / "fxgraph").mkdir()
+    assert harness.compiler_cache() == "empty"
+    file = tmp_path / "fxgraph" / "code"
+    file.write_text("of this process")
+    assert harness.compiler_cache() == "empty"
+    os.utime(file, (harness.START - 60, harness.START - 60))
+    assert harness.compiler_cache() == "warm"
+    # only where something was compiled
+    monkeypatch.delitem(sys.modules, "torch._inductor.compile_fx", raising=False)
+    assert "compiler cache" not in harness.machine()
+    monkeypatch.setitem(sys.modules, "torch._inductor.compile_fx", None)
+    assert harness.machine()["compiler cache"] == "warm"
 
 
 def test_peers_that_are_missing_are_said(capsys):
