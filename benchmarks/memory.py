@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "nsf, support=(0, 1)": ("nsf", {"support": "interval"}),
 }
 """Which flows score: the name of a model and its arguments."""
+TOLERANCES = {
+    "quick": [1e-3, 1e-6, 1e-9],
+    "usual": [10.0**-k for k in range(3, 10)],
+    "full": [10.0 ** -(k / 2) for k in range(4, 21)],
+}
+ROWS = {"quick": 100_000, "usual": 1_000_000, "full": 4_000_000}
+"""How a step's tolerances are spaced, and how many rows are scored, by the effort asked for."""
 LIMIT = 2.0
 """Gigabytes that scoring should stay below."""
 
@@ -34,27 +42,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("parts", nargs="*", default=PARTS, help=f"of {', '.join(PARTS)}")
     harness.add_effort(parser)
     parser.add_argument(
-        "--rows", type=harness.count, help="rows to score, a million unless --quick"
-    )
+        "--rows", type=harness.count,
+        help="rows to score; by default a million, 100,000 with --quick, 4,000,000 with --full",
+    )  # fmt: skip
     parser.add_argument("--chunk", type=harness.count, default=10_000, help="rows scored at a time")
     parser.add_argument("--only", choices=MODELS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for results")
 
 
 def run(options: argparse.Namespace) -> None:
-    quick = options.effort == "quick"
-    rows = options.rows or (100_000 if quick else 1_000_000)
+    rows = options.rows or ROWS[options.effort]
     if options.only is not None:  # the process whose memory is measured
         print(json.dumps(scored(options.only, rows, options.chunk)))
         return
     for part in options.parts:
-        found = step(quick) if part == "step" else scoring(rows, options.chunk)
+        found = step(TOLERANCES[options.effort]) if part == "step" else scoring(rows, options.chunk)
         harness.write(f"memory-{part}", [found], options.out)
 
 
-def step(quick: bool) -> dict[str, Any]:
+def step(tolerances: Sequence[float]) -> dict[str, Any]:
     """What a training step keeps, by tolerance and gradient mode."""
-    tolerances = (1e-3, 1e-6, 1e-9) if quick else tuple(10.0**-k for k in range(3, 10))
     field, data = continuous.trained(2)
     x = data[:BATCH].double()
     state = BATCH * 3 * 8

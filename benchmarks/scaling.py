@@ -23,6 +23,18 @@ from cnf.plots import canvas
 GRID = cnf.Solver("rk4", step_size=0.25, gradient="checkpoint")
 DOCS = Path(__file__).parent.parent / "docs"
 BATCH, FEATURES = 256, 2
+BATCHES = {
+    "quick": [4**k for k in range(2, 7)],
+    "usual": [4**k for k in range(2, 9)],
+    "full": [2**k for k in range(4, 17)],
+}
+DIMENSIONS = {
+    "quick": [4**k for k in range(5)],
+    "usual": [2**k for k in range(11)],
+    "full": [2**k for k in range(12)],
+}
+ROUNDS = {"quick": 3, "usual": 7, "full": 15}
+"""How far the ladders go, in which steps, and how often, by the effort that is asked for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,14 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     canvas.require()
-    quick = options.effort == "quick"
-    rounds = 3 if quick else 7
-    batches = [4**k for k in range(2, 7 if quick else 9)]
-    features = [4**k for k in range(5)] if quick else [2**k for k in range(11)]
+    effort = options.effort
+    batches, features, rounds = BATCHES[effort], DIMENSIONS[effort], ROUNDS[effort]
     by_batch = grown("batch", batches, lambda n: step(n, FEATURES, None), rounds)
     by_features = grown("D", features, lambda d: step(BATCH, d, cnf.Hutchinson()), rounds)
     work = "rk4 with 4 steps (16 evaluations, and 16 recomputed), hidden 64–64–64"
-    growth = "`exponent` is the slope of log time against log size from the line before."
+    growth = (
+        f"Medians of {rounds}; `exponent` is the slope of log time against log size from the line "
+        "before."
+    )
     tables = [
         harness.table(
             "Training step by batch", by_batch, f"D = {FEATURES}, exact; {work}. {growth}"

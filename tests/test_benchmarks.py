@@ -11,7 +11,17 @@ import pytest
 import torch
 
 import cnf
-from benchmarks import breakdown, continuous, discrete, harness, reference, revisions, rnode
+from benchmarks import (
+    breakdown,
+    continuous,
+    discrete,
+    harness,
+    memory,
+    reference,
+    revisions,
+    rnode,
+    scaling,
+)
 from cnf import compiling
 
 
@@ -215,6 +225,18 @@ def test_options_take_numbers_above_zero(kind, good, bad):
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match="above zero, got"):
             kind(text)
+
+
+@pytest.mark.parametrize(
+    "ladder", [memory.TOLERANCES, scaling.BATCHES, scaling.DIMENSIONS, harness.ROUNDS]
+)
+def test_more_effort_is_more_work(ladder):
+    parser = argparse.ArgumentParser()
+    harness.add_effort(parser)
+    asked = [parser.parse_args(words).effort for words in (["--quick"], [], ["--full"])]
+    sizes = [ladder[effort] for effort in asked]
+    work = [size if isinstance(size, int) else len(size) for size in sizes]
+    assert work == sorted(set(work))
 
 
 def test_an_interpreter_without_torchdyn_says_how_to_make_one(field, x):
