@@ -25,6 +25,7 @@ import torch
 
 START = time.time()
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parent.parent / "docs"
 PEERS = ("torchdiffeq", "zuko", "nflows", "normflows", "jax", "diffrax", "flowjax")
 TURN = 0.05
 """Seconds that a turn lasts at least: shorter calls are repeated in it, as a training repeats them.
@@ -231,7 +232,7 @@ def write(
     """
     facts = machine()
     # where the files go is no part of what was measured, and may name somebody's folders
-    words = re.sub(r" --out[ =]\S+", "", " ".join(["", *sys.argv[1:]]))
+    words = re.sub(r" --(out|picture)[ =]\S+", "", " ".join(["", *sys.argv[1:]]))
     words = re.sub(r"(--torchdyn[ =])\S+", r"\1PYTHON", words)
     command = f"python -m benchmarks{words}"
     figures = [{key: t[key] for key in ("title", "note", "rows")} for t in tables]

@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 import cnf
 from benchmarks import continuous, harness
 from cnf.nets import TimeMLP
+from cnf.plots import canvas
 
 MODES = ("adjoint", "checkpoint", "backprop")
 BATCH = 512
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", type=harness.count, default=10_000, help="rows scored at a time")
     parser.add_argument("--only", choices=MODELS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for results")
+    parser.add_argument("--picture", type=Path, default=harness.DOCS / "memory.png")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -55,9 +57,13 @@ def run(options: argparse.Namespace) -> None:
     if options.only is not None:  # the process whose memory is measured
         print(json.dumps(scored(options.only, rows, options.chunk)))
         return
+    if "step" in options.parts:
+        canvas.require()
     for part in options.parts:
         found = step(TOLERANCES[options.effort]) if part == "step" else scoring(rows, options.chunk)
         harness.write(f"memory-{part}", [found], options.out)
+        if part == "step":
+            draw(options.picture, found["rows"])
 
 
 def step(tolerances: Sequence[float]) -> dict[str, Any]:
@@ -70,8 +76,8 @@ def step(tolerances: Sequence[float]) -> dict[str, Any]:
         [kept_at(tolerance, field, x) for tolerance in tolerances],
         f"ffjord(2), 2–64–64–64–2, {BATCH} points in float64, 8gaussians after 200 steps of "
         "training; what autograd saves, parameters left out, in MB. `accepted` are the adjoint's "
-        "and checkpoint's steps forward, `NFE backprop` the evaluations of backprop. One state, "
-        f"{BATCH} points and log-densities, is {state / 1e6:.4g} MB.",
+        "and checkpoint's steps forward, `NFE` a mode's evaluations of the forward pass. One "
+        f"state, {BATCH} points and log-densities, is {state / 1e6:.4g} MB.",
     )
 
 
@@ -94,9 +100,27 @@ def kept_at(tolerance: float, field: TimeMLP, x: Tensor) -> dict[str, Any]:
         solver = cnf.Solver(rtol=tolerance, atol=tolerance, gradient=mode, norm="batch")
         flow = continuous.flow_with(field, solver, torch.float64)
         size, work = kept(flow, x)
-        told = {"NFE backprop": work.forward} if mode == "backprop" else {"accepted": work.accepted}
-        row |= {**told, mode: size / 1e6}
+        told = {} if mode == "backprop" else {"accepted": work.accepted}
+        row |= {**told, f"NFE {mode}": work.forward, mode: size / 1e6}
     return row
+
+
+def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """What every mode keeps against the evaluations that it makes, on logarithmic axes."""
+    figure = canvas.new(5.2, 3.8)
+    axes = figure.subplots()
+    for mode, colour, dash in zip(MODES, canvas.COLOURS, canvas.DASHES, strict=False):
+        nfe, kept = ([row[key] for row in rows] for key in (f"NFE {mode}", mode))
+        axes.loglog(nfe, kept, marker="o", markersize=4, color=colour, linestyle=dash, label=mode)
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in (10, 20, 50, 100, 200, 500, 1000) if low <= tick <= high]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("evaluations of the forward pass")
+    axes.set_ylabel("kept for the backward pass (MB)")
+    axes.grid(alpha=0.3)
+    axes.legend(framealpha=0.9, edgecolor="none")
+    canvas.write(figure, path)
 
 
 def kept(flow: cnf.Flow, x: Tensor) -> tuple[int, Any]:

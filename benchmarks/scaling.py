@@ -21,7 +21,6 @@ from benchmarks import harness
 from cnf.plots import canvas
 
 GRID = cnf.Solver("rk4", step_size=0.25, gradient="checkpoint")
-DOCS = Path(__file__).parent.parent / "docs"
 BATCH, FEATURES = 256, 2
 BATCHES = {
     "quick": [4**k for k in range(2, 7)],
@@ -40,7 +39,7 @@ ROUNDS = {"quick": 3, "usual": 7, "full": 15}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     harness.add_effort(parser)
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for results")
-    parser.add_argument("--picture", type=Path, default=DOCS / "scaling.png")
+    parser.add_argument("--picture", type=Path, default=harness.DOCS / "scaling.png")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -91,7 +91,8 @@ def test_a_race_needs_its_reference():
 
 
 def test_results_are_written_as_json_and_markdown(tmp_path, monkeypatch):
-    words = ["check", "--out", str(tmp_path), "--torchdyn", sys.executable, "--rows", "9"]
+    folders = ["--out", str(tmp_path), "--picture", str(tmp_path / "check.png")]
+    words = ["check", *folders, "--torchdyn", sys.executable, "--rows", "9"]
     monkeypatch.setattr("sys.argv", ["benchmarks", *words])
     row = harness.Row("ours", 1.5, 2.0, 1.9, 2.1, 10)
     tables = [
@@ -237,6 +238,17 @@ def test_more_effort_is_more_work(ladder):
     sizes = [ladder[effort] for effort in asked]
     work = [size if isinstance(size, int) else len(size) for size in sizes]
     assert work == sorted(set(work))
+
+
+def test_the_adjoint_keeps_as_much_at_any_tolerance(tmp_path):
+    torch.manual_seed(0)
+    field = cnf.ffjord(2).transform.field
+    x = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    loose, tight = rows = [memory.kept_at(tolerance, field, x) for tolerance in (1e-3, 1e-8)]
+    assert loose["adjoint"] == tight["adjoint"] < loose["backprop"] < tight["backprop"]
+    assert all(loose[f"NFE {mode}"] < tight[f"NFE {mode}"] for mode in memory.MODES)
+    memory.draw(tmp_path / "memory.png", rows)
+    assert (tmp_path / "memory.png").stat().st_size > 10_000
 
 
 def test_an_interpreter_without_torchdyn_says_how_to_make_one(field, x):
