@@ -23,6 +23,7 @@ COMMANDS = {
     "control": "the choice of steps, beside torchdiffeq's",
     "matching": "what flow matching's times and optimiser bring",
     "rnode": "what path costs save in evaluations, and their price",
+    "compare": "what a budget of training reaches",
     "accuracy": "numerical accuracy of trained flows",
     "roundtrip": "x to z and back through every model after fitting moons",
     "tanh": "the activation of continuous flows, beside a product",

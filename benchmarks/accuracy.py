@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    harness.report(examine(options.runs, options.points), options.out)
+    harness.report(examine(options.runs, options.points), options.out, options.runs)
 
 
 def examine(runs: Path, points: int) -> dict[str, Any]:

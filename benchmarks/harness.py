@@ -219,6 +219,20 @@ def table(title: str, rows: Sequence[Mapping[str, Any] | Row], note: str = "") -
     return {"title": title, "note": note, "rows": figures, "cells": cells}
 
 
+def command(folder: Path | None = None) -> str:
+    """What was started.
+
+    Where files lie is no part of what was measured, and may name somebody's folders.
+
+    Args:
+        folder: one that was named without an option.
+    """
+    given = ["FOLDER" if folder and Path(word) == folder else word for word in sys.argv[1:]]
+    words = re.sub(r" --(out|picture|runs)[ =]\S+", "", " ".join(["", *given]))
+    words = re.sub(r"(--torchdyn[ =])\S+", r"\1PYTHON", words)
+    return f"python -m benchmarks{words}"
+
+
 def write(
     name: str, tables: Sequence[Mapping[str, Any]], folder: Path = RESULTS, *, quiet: bool = False
 ) -> Path:
@@ -231,16 +245,13 @@ def write(
         quiet: do not print them, too.
     """
     facts = machine()
-    # where the files go is no part of what was measured, and may name somebody's folders
-    words = re.sub(r" --(out|picture)[ =]\S+", "", " ".join(["", *sys.argv[1:]]))
-    words = re.sub(r"(--torchdyn[ =])\S+", r"\1PYTHON", words)
-    command = f"python -m benchmarks{words}"
+    said = command()
     figures = [{key: t[key] for key in ("title", "note", "rows")} for t in tables]
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"command": command, "machine": facts, "tables": figures}, indent=2)
+    text = json.dumps({"command": said, "machine": facts, "tables": figures}, indent=2)
     (folder / f"{name}.json").write_text(text + "\n")
-    said = ", ".join(f"{key} {value}" for key, value in facts.items())
-    lines = [f"`{command}` ({said})", ""]
+    known = ", ".join(f"{key} {value}" for key, value in facts.items())
+    lines = [f"`{said}` ({known})", ""]
     for t in tables:
         lines += [f"**{t['title']}**", "", *([t["note"], ""] if t["note"] else [])]
         lines += [markdown(t["cells"]), ""]
@@ -312,9 +323,10 @@ def add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
 
 
-def report(figures: Mapping[str, Any], out: Path | None) -> None:
-    """Print figures as JSON, and write them where asked for."""
-    text = json.dumps(figures, indent=2)
+def report(figures: Mapping[str, Any], out: Path | None, folder: Path | None = None) -> None:
+    """Print figures as JSON, with the command and the machine, and write them where asked for."""
+    facts = {"command": command(folder), "machine": machine()}
+    text = json.dumps({**facts, **figures}, indent=2)
     print(text)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -109,6 +109,18 @@ def test_results_are_written_as_json_and_markdown(tmp_path, monkeypatch):
     assert found["machine"]["threads"] >= 1
 
 
+def test_figures_are_reported_with_command_and_machine(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "accuracy.json"
+    words = ["accuracy", f"{tmp_path}/", "--points", "9", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["benchmarks", *words])
+    harness.report({"points": 9}, out, tmp_path)
+    found = json.loads(out.read_text())
+    assert found == json.loads(capsys.readouterr().out)
+    assert found["command"] == "python -m benchmarks accuracy FOLDER --points 9"
+    assert found["machine"]["threads"] >= 1
+    assert found["points"] == 9
+
+
 def test_results_say_what_the_compiler_found_on_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     (tmp_path / "fxgraph").mkdir()
