@@ -13,6 +13,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar, cast
 
+import numpy as np
+
 T = TypeVar("T")
 B = TypeVar("B", bound=Callable[..., Any])
 
@@ -86,7 +88,11 @@ class Registry(Mapping[str, Entry[T]], Generic[T]):
             def build(*args: Any, **kwargs: Any) -> Any:
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
-                built = builder(*args, **kwargs)
+                # numbers that come from an array's shape or statistics are NumPy's
+                for argument, value in bound.arguments.items():
+                    if isinstance(value, np.generic):
+                        bound.arguments[argument] = value.item()
+                built = builder(*bound.args, **bound.kwargs)
                 built.recipe = Recipe(name, dict(bound.arguments))
                 return built
 

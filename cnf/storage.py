@@ -78,6 +78,8 @@ def load(
 ) -> Any:
     """Read a flow that ``save`` wrote; ``log_prob`` is the same to the bit on the same machine.
 
+    It comes in eval mode.
+
     Args:
         directory: where ``flow.json`` and ``flow.safetensors`` are.
         into: a flow of the same structure that takes the numbers; needed only where the flow was
@@ -106,7 +108,7 @@ def load(
         read_state(flow, weights)
     except (RuntimeError, SafetensorError) as error:
         raise LoadError(f"{weights} does not fit the flow: {error}") from error
-    return flow
+    return flow.eval()
 
 
 def write_state(module: nn.Module, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from cnf.registry import Recipe, Registry, UnknownNameError, decode, encode, record
@@ -28,6 +29,8 @@ def test_a_recipe_holds_every_resolved_argument():
     build = things.register(paper="A paper")(builder_in("a"))
     assert build(3).recipe == Recipe("thing", {"size": 3, "scale": 1.0})
     assert things["thing"].paper == "A paper"
+    numpys = build(np.int64(3), scale=np.float32(0.5)).recipe.arguments
+    assert [type(value) for value in numpys.values()] == [int, float]
 
 
 def test_a_name_belongs_to_one_builder():

@@ -218,13 +218,18 @@ def test_patience_stops_early():
     assert history.validations[-1][0] - history.best_step == 60
 
 
-def test_modes_are_restored():
-    flow = affine()
-    flow.eval()
-    flow.base.train()
-    fit(flow, gaussian(300), steps=2)
-    assert not flow.training
-    assert flow.base.training
+def test_a_fitted_flow_is_scored_as_it_was_validated():
+    flow, x = ffjord(2, hidden=(8,), normalization="batchnorm"), gaussian(300)
+    fit(flow, x, steps=2, objective="flow_matching")
+    assert not any(module.training for module in flow.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(flow.log_prob(x[:5]), flow.log_prob(x)[:5])
+
+
+def test_gradients_that_are_switched_off_are_no_obstacle():
+    with torch.no_grad():
+        history = fit(affine(), gaussian(300), steps=2)
+    assert history.steps == 2
 
 
 # ---- budgets -----------------------------------------------------------------------------------

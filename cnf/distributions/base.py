@@ -61,7 +61,7 @@ def as_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     >>> as_shape(3)
     (3,)
     """
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
     if any(not isinstance(size, int) or size < 1 for size in sizes):
         raise ValueError(f"an event shape is positive integers, got {shape!r}")
     return sizes

@@ -86,6 +86,7 @@ def integrate(
     shapes = check_state(state)
     points = check_times(times, solver)
     tracked = tuple(parameter for parameter in parameters if parameter.requires_grad)
+    constant = tuple(p for p in parameters if not (p.requires_grad or p.is_inference()))
     counted = [True] * len(state) if in_norm is None else list(in_norm)
     if len(counted) != len(state) or not any(counted):
         raise ValueError(
@@ -98,7 +99,7 @@ def integrate(
             f"{integrals}"
         )
     problem = Problem(
-        rhs, shapes, points, times, state[0], solver, tracked, integrals, proper_rhs,
+        rhs, shapes, points, times, state[0], solver, tracked, constant, integrals, proper_rhs,
         swap and _of_tracked(swap, parameters), counted, name,
     )  # fmt: skip
     if points[0] == points[-1] or not any(shape.numel() for shape in shapes):
@@ -126,6 +127,7 @@ class Problem:
         like: Tensor,
         solver: Solver,
         tracked: tuple[Tensor, ...],
+        constant: tuple[Tensor, ...],
         integrals: int,
         proper_rhs: Rhs | None,
         swap: Swap | None,
@@ -135,7 +137,7 @@ class Problem:
         self.points = points
         self.times = times.detach()
         self.solver = solver
-        self.tracked = tracked
+        self.tracked, self.constant = tracked, constant
         self.integrals = integrals
         # without a right-hand side of its own for the state there is nothing to save
         wanted = proper_rhs is not None if solver.quadrature is None else solver.quadrature
@@ -327,6 +329,7 @@ class Problem:
             self.times.new_empty(0, dtype=velocity.dtype),
             solver,
             self.tracked,
+            self.constant,
             self.integrals,
             velocity.proper_rhs,
             velocity.swap,
@@ -402,8 +405,8 @@ class _Adjoint(torch.autograd.Function):
     def forward(ctx: Any, problem: Problem, flat: Tensor, *parameters: Tensor) -> Tensor:
         solution = problem.walk(flat, keep=False).solution
         ctx.problem = problem
-        # the parameters too, for torch to refuse a backward pass after they have changed
-        ctx.save_for_backward(solution, *parameters)
+        # for torch to refuse a backward pass after any of them has changed
+        ctx.save_for_backward(solution, *parameters, *problem.constant)
         return solution
 
     @staticmethod
@@ -423,12 +426,14 @@ class _TorchdiffeqAdjoint(torch.autograd.Function):
             ctx.start = flat.detach().requires_grad_()
             ctx.solution = problem.odeint_adjoint(ctx.start)
         ctx.problem = problem
+        ctx.save_for_backward(*parameters, *problem.constant)
         return ctx.solution.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise SecondOrderGradient("adjoint")
+        _ = ctx.saved_tensors  # is where torch looks whether they have changed
         return None, *ctx.problem.differentiate(ctx.start, ctx.solution, gradient)
 
 
@@ -440,8 +445,8 @@ class _Checkpointed(torch.autograd.Function):
         path = problem.walk(flat)
         ctx.problem = problem
         ctx.steps, ctx.arrivals, ctx.indices = path.steps, path.arrivals, list(path.kept)
-        # the parameters too, as under the adjoint
-        ctx.save_for_backward(*path.kept.values(), *parameters)
+        # all of them, as under the adjoint
+        ctx.save_for_backward(*path.kept.values(), *parameters, *problem.constant)
         return path.solution
 
     @staticmethod

@@ -61,7 +61,8 @@ def fit(
     scores are taken from the training rows, then the learning rate rises and falls as a cosine. The
     weights are averaged as it goes, and it is the averages that are validated and kept. With steps
     and seconds both given, whichever ends first ends the run; with neither, 3,000 steps are made.
-    Ctrl-C ends it early with all else as at the end, and ``stopped`` says so.
+    Ctrl-C ends it early with all else as at the end, and ``stopped`` says so. The flow is left in
+    eval mode, to be scored as it was validated.
 
     Args:
         flow: the flow.
@@ -175,16 +176,16 @@ def fit(
     saved = checkpoint.read(folder) if resume and folder is not None else None
     if saved is None and (initialize or (initialize is None and not bool(flow.initialized))):
         _initialize(flow, rows, order.size, noise, standardize=bool(initialize) or _unscaled(flow))
-    modes = {module: module.training for module in flow.modules()}
     bar = Bar(progress)
     validator = Validator(held)
     run = Run(flow, objectives, rows, validator, order, noise, settings, bar, folder, identity)
     try:
-        return run.train(None if saved is None else run.restore(*saved))
+        # also where somebody has switched gradients off
+        with torch.enable_grad():
+            return run.train(None if saved is None else run.restore(*saved))
     finally:
         bar.close()
-        for module, mode in modes.items():
-            module.training = mode
+        flow.eval()
 
 
 def _objectives(
