@@ -1,6 +1,6 @@
 """Compiled flows give what eager ones do: every member traced, two through Inductor.
 
-The steps of continuous flows have their own tests, one of them through Inductor, too.
+Continuous flows through Inductor are ``test_compiled_flows.py``'s, their steps have tests, too.
 """
 
 from __future__ import annotations
