@@ -220,7 +220,7 @@ def test_patience_stops_early():
 
 def test_a_fitted_flow_is_scored_as_it_was_validated():
     flow, x = ffjord(2, hidden=(8,), normalization="batchnorm"), gaussian(300)
-    fit(flow, x, steps=2, objective="flow_matching")
+    fit(flow, x, steps=2)
     assert not any(module.training for module in flow.modules())
     with torch.no_grad():
         torch.testing.assert_close(flow.log_prob(x[:5]), flow.log_prob(x)[:5])
