@@ -181,7 +181,7 @@ def training_steps(
         "after 200 steps of training. `per evaluation` is the speedup of one evaluation on "
         "average: what fewer of them save is left out. Errors against float64 at 1e-10: of the "
         f"loss in nats, of the gradient relative to its norm. {DEFAULTS.capitalize()}: `Solver()` "
-        "and `MaximumLikelihood(flow)`, which trains at 1e-3 and bounds the error of every sample. "
+        "and `MaximumLikelihood(flow)`, which trains at 1e-3 on average over the batch. "
         f"{ALONE.capitalize()}: those of cnf checkpoint, by PyTorch, all samples at once, and "
         "called by Python one by one in groups of 1,024 as compiled code.",
     )

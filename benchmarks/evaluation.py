@@ -111,7 +111,7 @@ def evaluators(field: TimeMLP, torchdyn: str | None) -> Iterator[tuple[str, Entr
     features = field.features
 
     def plainly(tolerance: float) -> Density:
-        plain = reference.FFJORD(features, HIDDEN, tolerance)
+        plain = reference.FFJORD(features, HIDDEN, tolerance=tolerance)
         plain.net.take(field)
         return of_net(plain.net, plain.log_prob, plain.decode)
 

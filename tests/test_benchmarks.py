@@ -21,6 +21,7 @@ from benchmarks import (
     revisions,
     rnode,
     scaling,
+    summary,
 )
 from cnf import compiling
 
@@ -119,6 +120,14 @@ def test_figures_are_reported_with_command_and_machine(tmp_path, monkeypatch, ca
     assert found["command"] == "python -m benchmarks accuracy FOLDER --points 9"
     assert found["machine"]["threads"] >= 1
     assert found["points"] == 9
+
+
+@pytest.mark.parametrize("page", summary.PAGES, ids=lambda page: page.name)
+def test_the_docs_tables_are_the_results(page):
+    text = page.read_text()
+    assert summary.PLACE.findall(text)
+    assert summary.refreshed(text) == text
+    assert summary.refreshed(text.replace("| 1.00 |", "| 2.00 |")) == text
 
 
 def test_results_say_what_the_compiler_found_on_disk(tmp_path, monkeypatch):
