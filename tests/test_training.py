@@ -684,6 +684,15 @@ def test_resuming_continues_to_the_bit(tmp_path, stop):
     assert second.seconds >= first.seconds
 
 
+@pytest.fixture
+def heard():
+    """Interrupts reach Python, also where it was started in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(
     ("of", "name", "call", "late"),
     [
