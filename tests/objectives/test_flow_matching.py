@@ -139,15 +139,6 @@ def test_a_field_of_ones_own_sees_one_batch_axis():
     assert objective(Batch(x), generator=generator()).total.isfinite()
 
 
-def test_a_velocity_that_would_broadcast_is_refused():
-    class Column(nn.Module):
-        def forward(self, t, x, context=None):
-            return x[..., :1]
-
-    with pytest.raises(ValueError, match="shapes of the state"):
-        FlowMatching(flow_of(Column(), 2))(Batch(torch.zeros(8, 2, dtype=torch.float64)))
-
-
 def test_draws_repeat_the_rows():
     flow = flow_of(cnf.nets.TimeMLP(2, (8,)), 2)
     x, weight = torch.randn(16, 2, dtype=torch.float64), torch.rand(16, dtype=torch.float64)
