@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from cnf.ode.recorder import Together
 from cnf.transforms.base import Mapped, Request, Transform, of_kind
 
 DEFAULT_REQUEST = Request()
+M = TypeVar("M", Tensor, Tensor | None)
 
 
 class Continuous(Transform):
@@ -96,6 +97,9 @@ class Continuous(Transform):
         self, z: Tensor, times: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The solution at ``times``, which increase from 0."""
+        if torch.is_autocast_enabled(z.device.type):
+            with torch.autocast(z.device.type, enabled=False):
+                return self.trajectory(_widened(z), times, _widened(context))
         clock = self.clock(z)
 
         def rhs(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -123,8 +127,7 @@ class Continuous(Transform):
         if torch.is_autocast_enabled(value.device.type):
             # half the digits are noise to a solver, which would take ever smaller steps in it
             with torch.autocast(value.device.type, enabled=False):
-                context = None if context is None else _widened(context)
-                return self._solve(_widened(value), span, context, request)
+                return self._solve(_widened(value), span, _widened(context), request)
         try:
             return self._solve(value, span, context, request)
         except RuntimeError as error:
@@ -330,9 +333,9 @@ def _with_context(field: nn.Module) -> nn.Module:
     return field
 
 
-def _widened(value: Tensor) -> Tensor:
-    """The numbers in float32 at least, which autocasting may have taken from them."""
-    return value.float() if value.dtype.itemsize < 4 else value
+def _widened(value: M) -> M:
+    """The numbers, if any, in float32 at least, which autocasting may have taken from them."""
+    return value if value is None or value.dtype.itemsize >= 4 else value.float()
 
 
 def _of_functions(error: RuntimeError) -> bool:

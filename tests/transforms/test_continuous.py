@@ -201,7 +201,9 @@ def test_autocasting_leaves_a_solve_its_digits(solver):
         assert torch.equal(half, full)
     with torch.autocast("cpu", torch.bfloat16):
         value = flow.transform.inverse(linear(x), context.bfloat16()).value
+        _, path = flow.trajectory(x, [0.5, 1.0], context)
     assert value.dtype == torch.float32
+    assert torch.equal(path, flow.trajectory(x, [0.5, 1.0], context)[1])
 
 
 @pytest.mark.parametrize("gradient", ["adjoint", "backprop"])
