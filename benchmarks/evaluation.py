@@ -85,14 +85,15 @@ def accurate_enough(
     entrant: Entrant, what: str, points: Tensor, truth: Tensor, wanted: float = NATS
 ) -> tuple[Callable[[], object], dict[str, Any]]:
     """A call at the loosest tolerance that suffices, or the most exact one, and what it reached."""
-    best = (math.inf, math.nan)
+    best = (math.inf, math.nan, entrant.truth)
     for tolerance in entrant.ladder:
-        error = error_99(getattr(entrant.at(tolerance), what)(points), truth)
-        best = min(best, (error, tolerance))
+        tried = entrant.at(tolerance)
+        error = error_99(getattr(tried, what)(points), truth)
+        if error < best[0]:
+            best = error, tolerance, tried
         if error <= wanted:
             break
-    error, tolerance = best
-    reached = entrant.at(tolerance)
+    error, tolerance, reached = best
     function = getattr(reached, what)
     notes = {"NFE": reached.work(what, points), "tolerance": tolerance, "error": error}
     return lambda: function(points), notes
@@ -151,9 +152,7 @@ def of_net(
     functions = {"log_prob": torch.no_grad()(log_prob), "decode": decode}
 
     def work(what: str, points: Tensor) -> int:
-        before = net.calls
-        functions[what](points)
-        return net.calls - before
+        return net.calls_of(lambda: functions[what](points))
 
     return Density(**functions, work=work)
 

@@ -133,10 +133,8 @@ class _Served:
         return _solver(field, tolerance)(z)[-1]
 
     def work(self, place: int, what: str, points: Tensor, tolerance: float) -> int:
-        net = self.nets[place]
-        before = net.calls
-        getattr(self, what)(place, points, tolerance)
-        return net.calls - before
+        evaluate = getattr(self, what)
+        return self.nets[place].calls_of(lambda: evaluate(place, points, tolerance))
 
 
 class _Timed(nn.Module):

@@ -51,6 +51,12 @@ class Net(nn.Module):
             x = torch.tanh(layer(t, x))
         return last(t, x)
 
+    def calls_of(self, function: Callable[[], object]) -> int:
+        """How often a function calls the net."""
+        before = self.calls
+        function()
+        return self.calls - before
+
     @torch.no_grad()
     def take(self, field: TimeMLP) -> Net:
         """Take over a field's numbers."""

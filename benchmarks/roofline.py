@@ -11,64 +11,11 @@ from torch import Tensor
 
 from cnf import compiling
 from cnf.nets import TimeMLP
+from cnf.ode.solver import ROWS_COMPILED
 from cnf.tanh import quick_tanh
 
 ALONE = "matrix products and tanh alone"
 COMPILED = "the same as compiled code"
-GROUP = 1024
-"""Samples that compiled steps solve together."""
-
-
-def compiled(
-    field: TimeMLP, x: Tensor, tangents: int, forward: int, backward: int
-) -> Callable[[], None]:
-    """``alone`` by the products and the tanh that compiled steps have, in their groups."""
-    groups = [alone(field, part, tangents, forward, backward, _Compiled) for part in x.split(GROUP)]
-
-    def call() -> None:
-        for group in groups:
-            group()
-
-    return call
-
-
-def alone(
-    field: TimeMLP,
-    x: Tensor,
-    tangents: int | None,
-    forward: int,
-    backward: int,
-    kind: type[_Products] | None = None,
-) -> Callable[[], None]:
-    """The matrix products and activations of a checkpointed training step, and nothing else.
-
-    Every evaluation takes the batch through all layers, and those with a divergence the tangents
-    through the inner ones (None: through a trilinear form of three slopes instead); a
-    differentiated evaluation adds two products for each, towards the input and the weight. A step
-    forward has eight evaluations, three with a divergence, beside two to begin with; a step that
-    is differentiated has nine, four of them with one.
-    """
-    sizes = field.layers.sizes
-    if tangents is None:
-        inner_shapes = [(len(x), sizes[1], sizes[2] * sizes[3])]
-    else:
-        inner_shapes = [(tangents * len(x), *pair) for pair in pairwise(sizes[1:-1])]
-    kind = kind or _Products
-    whole = kind(x, [(len(x), *pair) for pair in pairwise(sizes)], len(sizes) - 2)
-    inner = kind(x, inner_shapes, 0)
-    traced, differentiated = 2 + 3 * (forward - 2) // 8, 4 * backward // 9
-
-    def call() -> None:
-        for _ in range(forward + backward):
-            whole.evaluate()
-        for _ in range(traced + differentiated):
-            inner.evaluate()
-        for _ in range(backward):
-            whole.differentiate()
-        for _ in range(differentiated):
-            inner.differentiate()
-
-    return call
 
 
 class _Products:
@@ -92,6 +39,44 @@ class _Products:
         for (points, weight), end in zip(self.pairs, self.ends, strict=True):
             torch.mm(end, weight.T)
             torch.mm(points.T, end)
+
+
+def alone(
+    field: TimeMLP,
+    x: Tensor,
+    tangents: int | None,
+    forward: int,
+    backward: int,
+    kind: type[_Products] = _Products,
+) -> Callable[[], None]:
+    """The matrix products and activations of a checkpointed training step, and nothing else.
+
+    Every evaluation takes the batch through all layers, and those with a divergence the tangents
+    through the inner ones (None: through a trilinear form of three slopes instead); a
+    differentiated evaluation adds two products for each, towards the input and the weight. A step
+    forward has eight evaluations, three with a divergence, beside two to begin with; a step that
+    is differentiated has nine, four of them with one.
+    """
+    sizes = field.layers.sizes
+    if tangents is None:
+        inner_shapes = [(len(x), sizes[1], sizes[2] * sizes[3])]
+    else:
+        inner_shapes = [(tangents * len(x), *pair) for pair in pairwise(sizes[1:-1])]
+    whole = kind(x, [(len(x), *pair) for pair in pairwise(sizes)], len(sizes) - 2)
+    inner = kind(x, inner_shapes, 0)
+    traced, differentiated = 2 + 3 * (forward - 2) // 8, 4 * backward // 9
+
+    def call() -> None:
+        for _ in range(forward + backward):
+            whole.evaluate()
+        for _ in range(traced + differentiated):
+            inner.evaluate()
+        for _ in range(backward):
+            whole.differentiate()
+        for _ in range(differentiated):
+            inner.differentiate()
+
+    return call
 
 
 class _Compiled(_Products):
@@ -123,3 +108,17 @@ def _differentiate(
 ) -> list[Tensor]:
     parts = zip(points, weights, ends, strict=True)
     return [product for x, w, end in parts for product in (end @ w.T, x.T @ end)]
+
+
+def compiled(
+    field: TimeMLP, x: Tensor, tangents: int, forward: int, backward: int
+) -> Callable[[], None]:
+    """``alone`` by the products and the tanh that compiled steps have, in their groups."""
+    parts = x.split(ROWS_COMPILED)
+    groups = [alone(field, part, tangents, forward, backward, _Compiled) for part in parts]
+
+    def call() -> None:
+        for group in groups:
+            group()
+
+    return call

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, markdown
+from benchmarks.harness import DOCS, RESULTS, markdown
 from benchmarks.quality import FFJORD as SCRIPT
 from benchmarks.quality import OURS, THRESHOLDS
 
-PAGES = [Path(__file__).parent.parent / "docs" / "benchmarks.md"]
+PAGES = [DOCS / "benchmarks.md"]
 PLACE = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Cells = dict[str, Any]
 
@@ -29,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    stale = [page for page in PAGES if refreshed(page.read_text()) != page.read_text()]
-    if options.check:
-        if stale:
-            raise SystemExit(f"stale: {', '.join(page.name for page in stale)}")
-        return
-    for page in stale:
-        page.write_text(refreshed(page.read_text()))
+    for page in PAGES:
+        text = page.read_text()
+        if (anew := refreshed(text)) == text:
+            continue
+        if options.check:
+            raise SystemExit(f"{page.name} is stale")
+        page.write_text(anew)
         print(f"wrote {page.name}")
 
 
@@ -44,9 +44,8 @@ def refreshed(text: str) -> str:
 
     def table(place: re.Match[str]) -> str:
         name, *folder = place[2].split()
-        return (
-            f"{place[1]}\n{markdown(list(TABLES[name](RESULTS.joinpath(*folder))))}\n\n{place[3]}"
-        )
+        rows = list(TABLES[name](RESULTS.joinpath(*folder)))
+        return f"{place[1]}\n{markdown(rows)}\n\n{place[3]}"
 
     return PLACE.sub(table, text)
 

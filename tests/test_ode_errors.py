@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 import subprocess
@@ -241,12 +242,15 @@ def test_second_derivatives_are_refused_with_the_mode_that_has_them(gradient):
         )
 
 
-@pytest.mark.parametrize("gradient", ["adjoint", "checkpoint", "backprop"])
-@pytest.mark.parametrize("method", ["dopri5", "midpoint", "implicit_adams"])
+@pytest.mark.parametrize(
+    ("gradient", "method"),
+    [
+        *itertools.product(["adjoint", "checkpoint", "backprop"], ["dopri5", "midpoint"]),
+        *itertools.product(["adjoint", "backprop"], ["implicit_adams"]),
+    ],
+)
 @pytest.mark.parametrize("changed", ["weight", "context"])
 def test_a_backward_pass_after_its_parameters_have_changed_is_refused(gradient, method, changed):
-    if (gradient, method) == ("checkpoint", "implicit_adams"):
-        pytest.skip("no such pair")
     hidden, context, solver = nn.Linear(3, 3), torch.ones(3), Solver(method, gradient=gradient)
     rhs = alone(lambda t, x: hidden(context * x).tanh())
     (y,), _ = integrate(rhs, (torch.ones(3),), UNIT, solver, (*hidden.parameters(), context))
