@@ -391,6 +391,8 @@ def test_wrong_calls_say_what_is_wrong():
         integrate(decay, (x,), UNIT.clone().requires_grad_(), Solver())
     with pytest.raises(ValueError, match="one-dimensional floating-point"):
         integrate(decay, (x,), torch.tensor([0, 1]), Solver())
+    with pytest.raises(TypeError, match=r"torch\.tensor\(times\)"):
+        integrate(decay, (x,), [0.0, 1.0], Solver())
     with pytest.raises(ValueError, match="evenly spaced"):
         integrate(decay, (x,), torch.tensor([0.0, 0.1, 1.0]), Solver("implicit_adams"))
     with pytest.raises(ValueError, match="in_norm must have one entry"):

@@ -60,7 +60,9 @@ def from_nflows(flow: Any) -> Flow:
         >>> from_nflows(theirs).log_prob(x) - theirs.log_prob(x)  # doctest: +SKIP
         tensor([0., 0., 0., 0., 0.])
     """
-    _nflows()
+    nflows = _nflows()
+    if not isinstance(flow, nflows.flows.base.Flow):
+        raise refuse(flow, KNOWN)
     base = flow._distribution
     if type(base).__name__ != "StandardNormal":
         raise refuse(base, KNOWN)
@@ -73,11 +75,12 @@ def from_nflows(flow: Any) -> Flow:
     return finished(ours.to(like))
 
 
-def _nflows() -> None:
+def _nflows() -> Any:
     try:
-        import nflows.transforms  # noqa: F401
+        import nflows.flows.base
     except ImportError as error:
         raise ImportError('this needs nflows: pip install "cnf[bench]"') from error
+    return nflows
 
 
 def _flattened(transform: Any) -> list[Any]:

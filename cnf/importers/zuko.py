@@ -48,6 +48,8 @@ def from_zuko(flow: Any) -> Flow:
         tensor([0., 0., 0., 0., 0.])
     """
     zuko = _zuko()
+    if not isinstance(flow, zuko.lazy.Flow):
+        raise refuse(flow, KNOWN)
     transforms = getattr(flow.transform, "transforms", [flow.transform])
     layers: list[Transform] = []
     for part in transforms:
@@ -65,6 +67,7 @@ def from_zuko(flow: Any) -> Flow:
 def _zuko() -> Any:
     try:
         import zuko.flows.autoregressive
+        import zuko.lazy
     except ImportError as error:
         raise ImportError('this needs zuko: pip install "cnf[bench]"') from error
     return zuko

@@ -27,6 +27,8 @@ def check_state(state: State) -> list[torch.Size]:
 
 def check_times(times: Tensor, solver: Solver) -> list[float]:
     """The times as numbers."""
+    if not isinstance(times, Tensor):
+        raise TypeError(f"times must be a tensor, got {times!r}; make one by torch.tensor(times)")
     if times.dim() != 1 or not len(times) or not times.is_floating_point():
         raise ValueError(
             "times must be a one-dimensional floating-point tensor, got shape "

@@ -62,6 +62,8 @@ def test_zuko_says_what_it_cannot_take():
         from_zuko(zuko.flows.GF(3))
     with pytest.raises(ImportedFlowError, match="CircularRQSTransform"):
         from_zuko(zuko.flows.NCSF(3))
+    with pytest.raises(ImportedFlowError, match="Linear cannot be taken over"):
+        from_zuko(nn.Linear(3, 3))
 
 
 @pytest.mark.parametrize(
@@ -117,6 +119,8 @@ def test_nflows_says_what_it_cannot_take():
     flows = pytest.importorskip("nflows.flows")
     with pytest.raises(ImportedFlowError, match="batch normalisation"):
         from_nflows(flows.SimpleRealNVP(3, 8, 2, 1, batch_norm_within_layers=True))
+    with pytest.raises(ImportedFlowError, match="Linear cannot be taken over"):
+        from_nflows(nn.Linear(3, 3))
     with pytest.raises(ImportedFlowError, match="random masks"):
         from_nflows(
             flows.MaskedAutoregressiveFlow(
