@@ -1,4 +1,4 @@
-"""The tables of the docs, made from the results: ``docs/benchmarks.md`` says where each one stands.
+"""The tables of README and docs, made from the results where a page says that one stands.
 
 What stands between ``<!-- table: NAME FOLDER -->`` and ``<!-- end -->`` is written here, from the
 JSON files of that folder of the results.
@@ -17,7 +17,10 @@ from benchmarks.harness import DOCS, RESULTS, markdown
 from benchmarks.quality import FFJORD as SCRIPT
 from benchmarks.quality import OURS, THRESHOLDS
 
-PAGES = [DOCS / "benchmarks.md"]
+PAGES = [
+    DOCS.parent / "README.md",
+    *(DOCS / f"{name}.md" for name in ("benchmarks", "continuous", "solvers")),
+]
 PLACE = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Cells = dict[str, Any]
 
@@ -125,10 +128,54 @@ def breakdown(folder: Path) -> Iterator[Cells]:
         yield cells
 
 
+def gaps(folder: Path) -> Iterator[Cells]:
+    """Nats above the truth after a minute of training, with standard errors."""
+    found = {
+        target: json.loads((folder / f"compare-{target}.json").read_text())["rows"]
+        for target in THRESHOLDS
+    }
+    for rows in zip(*found.values(), strict=True):
+        yield {"": f"`{rows[0]['model']}`", **dict(zip(found, map(_gap, rows), strict=True))}
+
+
+def warm(folder: Path) -> Iterator[Cells]:
+    """Nats above the truth after flow matching and then likelihood."""
+    for path in sorted(folder.glob("warm-start-*.json")):
+        found = json.loads(path.read_text())
+        yield {"": f"`{found['command']}`", "nats above the truth": _gap(found["rows"][0])}
+
+
+def memory(folder: Path) -> Iterator[Cells]:
+    """Megabytes that a training step keeps for its backward pass."""
+    for row in _tables(folder, "memory-step")[0]["rows"]:
+        yield {
+            "tolerance": f"{row['tolerance']:.0e}",
+            "accepted steps": row["accepted"],
+            "adjoint": row["adjoint"],
+            "checkpoint": row["checkpoint"],
+            "NFE of backprop": row["NFE backprop"],
+            "backprop": row["backprop"],
+        }
+
+
+def quadrature(folder: Path) -> Iterator[Cells]:
+    """What log-determinants by quadrature cost and come to beside those in the state."""
+    for table in _tables(folder, "quadrature"):
+        name = table["title"].partition(", ")[2]
+        for row in table["rows"]:
+            if float(row["tolerance"]) == 1e-5:
+                way = "in the state" if row[""] == "state" else "by quadrature"
+                columns = ("error, rms", "NFE", "divergences", "ms")
+                yield {"at 1e-5": f"{name}, {way}", **{column: row[column] for column in columns}}
+
+
 TABLES: dict[str, Callable[[Path], Iterator[Cells]]] = {
     function.__name__: function
-    for function in (steps, evaluation, beside, quality, discrete, products, breakdown)
-}
+    for function in (
+        steps, evaluation, beside, quality, discrete, products, breakdown, gaps, warm, memory,
+        quadrature,
+    )
+}  # fmt: skip
 
 
 def _tables(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -142,6 +189,10 @@ def _evaluations(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for table in tables:
             if table["title"].startswith(start):
                 yield f"{said}, {re.findall('D = [0-9]+', table['title'])[0]}", table
+
+
+def _gap(row: dict[str, Any]) -> str:
+    return f"{row['gap']:.4f} ± {row['gap_stderr']:.4f}"
 
 
 def _speedups(table: dict[str, Any]) -> dict[str, float]:
