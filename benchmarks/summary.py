@@ -22,6 +22,11 @@ PAGES = [
     *(DOCS / f"{name}.md" for name in ("benchmarks", "continuous", "solvers")),
 ]
 PLACE = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+FLOORS = {
+    "matrix products and tanh alone": "PyTorch's products and tanh",
+    "the same as compiled code": "our own products and tanh",
+}
+"""What no step can leave out, and what the docs call it."""
 Cells = dict[str, Any]
 
 
@@ -55,10 +60,20 @@ def refreshed(text: str) -> str:
 
 def steps(folder: Path) -> Iterator[Cells]:
     """How many times faster than FFJORD's method everybody trains."""
-    columns = {}
-    for table in _tables(folder, "continuous-steps"):
-        batch, kind = re.fullmatch(r".*, batch ([\d,]+), (\w+).*", table["title"]).groups()
-        columns[batch if kind == "exact" else f"one probe: {batch}"] = _speedups(table)
+    yield from _turned(dict(_steps(folder)))
+
+
+def bounds(folder: Path) -> Iterator[Cells]:
+    """Ours beside diffrax's faster, and beside what no step can leave out."""
+    columns: dict[str, dict[str, float]] = {}
+    for title, speedups in _steps(folder):
+        diffrax = max(speedups[f"diffrax {kind}, jit"] for kind in ("checkpoint", "backsolve"))
+        cells = columns[title] = {}
+        for own in ("cnf adjoint, compiled", "cnf checkpoint, compiled"):
+            cells[f"{own}: speed over diffrax's faster"] = speedups[own] / diffrax
+            for floor, name in FLOORS.items():
+                if floor in speedups:
+                    cells[f"{own}: time over {name}"] = speedups[floor] / speedups[own]
     yield from _turned(columns)
 
 
@@ -172,8 +187,8 @@ def quadrature(folder: Path) -> Iterator[Cells]:
 TABLES: dict[str, Callable[[Path], Iterator[Cells]]] = {
     function.__name__: function
     for function in (
-        steps, evaluation, beside, quality, discrete, products, breakdown, gaps, warm, memory,
-        quadrature,
+        steps, bounds, evaluation, beside, quality, discrete, products, breakdown, gaps, warm,
+        memory, quadrature,
     )
 }  # fmt: skip
 
@@ -193,6 +208,13 @@ def _evaluations(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _gap(row: dict[str, Any]) -> str:
     return f"{row['gap']:.4f} ± {row['gap_stderr']:.4f}"
+
+
+def _steps(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """Speedups of training steps, by what their columns are called."""
+    for table in _tables(folder, "continuous-steps"):
+        batch, kind = re.fullmatch(r".*, batch ([\d,]+), (\w+).*", table["title"]).groups()
+        yield batch if kind == "exact" else f"one probe: {batch}", _speedups(table)
 
 
 def _speedups(table: dict[str, Any]) -> dict[str, float]:
