@@ -50,8 +50,8 @@ def training(gradient: str, batch: int, rounds: int) -> dict[str, Any]:
         f'Training step under "{gradient}", batch {batch}',
         [{**row.cells(), **notes[row.name]} for row in rows],
         f"2–64–64–64–2, exact divergence, dopri5 at {TOLERANCE:g}, uncompiled, {rounds} rounds; "
-        "errors against float64 at 1e-10. A known first step is a solve's span by its steps. Products "
-        "in bfloat16 are rounded only where torch finds units for them in the processor.",
+        "errors against float64 at 1e-10. A known first step is a solve's span by its steps. "
+        "Products in bfloat16 are rounded only where torch finds units for them in the processor.",
     )
 
 
