@@ -160,6 +160,12 @@ def warm(folder: Path) -> Iterator[Cells]:
         yield {"": f"`{found['command']}`", "nats above the truth": _gap(found["rows"][0])}
 
 
+def matching(folder: Path) -> Iterator[Cells]:
+    """What flow matching comes to in equal steps, and the spread between seeds."""
+    for row in _tables(folder, "matching")[0]["rows"]:
+        yield {column: re.sub(r"; [\d.]+ ms", "", cell) for column, cell in row.items()}
+
+
 def memory(folder: Path) -> Iterator[Cells]:
     """Megabytes that a training step keeps for its backward pass."""
     for row in _tables(folder, "memory-step")[0]["rows"]:
@@ -188,7 +194,7 @@ TABLES: dict[str, Callable[[Path], Iterator[Cells]]] = {
     function.__name__: function
     for function in (
         steps, bounds, evaluation, beside, quality, discrete, products, breakdown, gaps, warm,
-        memory, quadrature,
+        matching, memory, quadrature,
     )
 }  # fmt: skip
 
