@@ -160,6 +160,14 @@ def warm(folder: Path) -> Iterator[Cells]:
         yield {"": f"`{found['command']}`", "nats above the truth": _gap(found["rows"][0])}
 
 
+def costs(folder: Path) -> Iterator[Cells]:
+    """What RNODE's costs save after flow matching."""
+    for path in sorted(folder.glob("rnode-*-1000-warm.json")):
+        for row in _tables(folder, path.stem)[0]["rows"]:
+            nfe = {name: row[name] for name in ("NFE, sample norm", "NFE, batch norm")}
+            yield {"": f"{path.stem.split('-')[1]}, {row['']}", "gap": row["gap, test"], **nfe}
+
+
 def matching(folder: Path) -> Iterator[Cells]:
     """What flow matching comes to in equal steps, and the spread between seeds."""
     for row in _tables(folder, "matching")[0]["rows"]:
@@ -194,7 +202,7 @@ TABLES: dict[str, Callable[[Path], Iterator[Cells]]] = {
     function.__name__: function
     for function in (
         steps, bounds, evaluation, beside, quality, discrete, products, breakdown, gaps, warm,
-        matching, memory, quadrature,
+        matching, costs, memory, quadrature,
     )
 }  # fmt: skip
 
