@@ -162,10 +162,12 @@ def warm(folder: Path) -> Iterator[Cells]:
 
 def costs(folder: Path) -> Iterator[Cells]:
     """What RNODE's costs save after flow matching."""
-    for path in sorted(folder.glob("rnode-*-1000-warm.json")):
-        for row in _tables(folder, path.stem)[0]["rows"]:
-            nfe = {name: row[name] for name in ("NFE, sample norm", "NFE, batch norm")}
-            yield {"": f"{path.stem.split('-')[1]}, {row['']}", "gap": row["gap, test"], **nfe}
+    return _costs(folder, "rnode-*-1000-warm.json")
+
+
+def long(folder: Path) -> Iterator[Cells]:
+    """What they save after many steps of likelihood, by two seeds."""
+    return _costs(folder, "rnode-*-20000*.json")
 
 
 def matching(folder: Path) -> Iterator[Cells]:
@@ -202,7 +204,7 @@ TABLES: dict[str, Callable[[Path], Iterator[Cells]]] = {
     function.__name__: function
     for function in (
         steps, bounds, evaluation, beside, quality, discrete, products, breakdown, gaps, warm,
-        matching, costs, memory, quadrature,
+        matching, costs, long, memory, quadrature,
     )
 }  # fmt: skip
 
@@ -222,6 +224,15 @@ def _evaluations(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _gap(row: dict[str, Any]) -> str:
     return f"{row['gap']:.4f} ± {row['gap_stderr']:.4f}"
+
+
+def _costs(folder: Path, pattern: str) -> Iterator[Cells]:
+    for path in sorted(folder.glob(pattern), key=lambda path: path.stem):
+        _, target, _, *rest = path.stem.split("-")
+        name = ", ".join([target, *(word for word in rest if word.startswith("seed"))])
+        for row in _tables(folder, path.stem)[0]["rows"]:
+            nfe = {column: row[column] for column in ("NFE, sample norm", "NFE, batch norm")}
+            yield {"": f"{name}, {row['']}", "gap": row["gap, test"], **nfe}
 
 
 def _steps(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
