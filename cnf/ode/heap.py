@@ -18,8 +18,8 @@ def keep_freed() -> None:
     """Have glibc keep up to a gigabyte of free memory; other allocators are left as they are.
 
     Each operation of a solve frees blocks that the next one asks for. Handed back in between, they
-    come as pages that fault and are zeroed, which takes half of a large batch's time
-    (``python -m benchmarks scaling``).
+    come as pages that fault and are zeroed, which takes up to three quarters of a large batch's
+    time (``python -m benchmarks scaling``).
     """
     if any(name in os.environ for name in CHOSEN):
         return
