@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.harness import DOCS, RESULTS, markdown
 from benchmarks.quality import FFJORD as SCRIPT
 from benchmarks.quality import OURS, THRESHOLDS
+from benchmarks.roofline import ALONE, COMPILED
 
 PAGES = [
     DOCS.parent / "README.md",
@@ -23,8 +24,8 @@ PAGES = [
 ]
 PLACE = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FLOORS = {
-    "matrix products and tanh alone": "PyTorch's products and tanh",
-    "the same as compiled code": "our own products and tanh",
+    ALONE: "PyTorch's products and tanh",
+    COMPILED: "our own products and tanh",
 }
 """What no step can leave out, and what the docs call it."""
 Cells = dict[str, Any]
@@ -145,10 +146,7 @@ def breakdown(folder: Path) -> Iterator[Cells]:
 
 def gaps(folder: Path) -> Iterator[Cells]:
     """Nats above the truth after a minute of training, with standard errors."""
-    found = {
-        target: json.loads((folder / f"compare-{target}.json").read_text())["rows"]
-        for target in THRESHOLDS
-    }
+    found = {target: _result(folder, f"compare-{target}")["rows"] for target in THRESHOLDS}
     for rows in zip(*found.values(), strict=True):
         yield {"": f"`{rows[0]['model']}`", **dict(zip(found, map(_gap, rows), strict=True))}
 
@@ -156,7 +154,7 @@ def gaps(folder: Path) -> Iterator[Cells]:
 def warm(folder: Path) -> Iterator[Cells]:
     """Nats above the truth after flow matching and then likelihood."""
     for path in sorted(folder.glob("warm-start-*.json")):
-        found = json.loads(path.read_text())
+        found = _result(folder, path.stem)
         yield {"": f"`{found['command']}`", "nats above the truth": _gap(found["rows"][0])}
 
 
@@ -209,8 +207,12 @@ TABLES: dict[str, Callable[[Path], Iterator[Cells]]] = {
 }  # fmt: skip
 
 
+def _result(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
 def _tables(folder: Path, name: str) -> list[dict[str, Any]]:
-    return json.loads((folder / f"{name}.json").read_text())["tables"]
+    return _result(folder, name)["tables"]
 
 
 def _evaluations(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
